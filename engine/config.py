@@ -1,0 +1,48 @@
+"""The engine's settings: what the command line's flags become. Flag names and meanings are SGLang's where it has them."""
+
+import msgspec
+
+
+class LoraPath(msgspec.Struct, frozen=True, kw_only=True):
+    """One entry of --lora-paths."""
+
+    name: str
+    path: str  # folder or hub id, as given
+    pinned: bool = False
+    revision: str | None = None
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that one engine process needs to start, passed to it as JSON."""
+
+    model_path: str | None = None  # None: the demo
+    revision: str | None = None
+    served_model_name: str = "llama"
+    load_format: str = "auto"  # auto | dummy
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    device: str = "auto"  # auto | cpu | cuda
+    context_length: int | None = None
+    tp_size: int = 1
+
+    enable_lora: bool = False
+    lora_paths: tuple[LoraPath, ...] = ()
+    max_loras_per_batch: int = 8
+    max_loaded_loras: int | None = None
+    max_lora_rank: int | None = None  # None: inferred from lora_paths, else 256
+    lora_target_modules: tuple[str, ...] | None = None  # None: inferred from lora_paths, else all seven
+    lora_backend: str = "auto"  # auto | triton | torch
+    max_host_lora_bytes: int | None = None
+
+    mem_fraction_static: float = 0.88
+    max_total_tokens: int | None = None
+    chunked_prefill_size: int | None = None  # tokens a step; None: 256 on the CPU, 2048 on a GPU; -1: no chunking
+    max_running_requests: int = 256
+    max_queued_requests: int | None = None
+    schedule_policy: str = "fcfs"
+    disable_radix_cache: bool = False
+    disable_overlap_schedule: bool = False
+    disable_cuda_graph: bool = False
+    cuda_graph_max_bs: int | None = None
+    lora_stack: bool = True  # CPU: products over all slots' concatenated ranks; off: adapter by adapter
+    threads: int | None = None  # CPU threads of the step; None: the cores at hand
+    log_level: str = "info"
