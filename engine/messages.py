@@ -144,6 +144,13 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     adapters: list[AdapterInfo]
 
 
+class StartFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Sent in place of `Ready`; the engine exits after it."""
+
+    code: ErrorCode
+    message: str
+
+
 class AdapterUpdated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """An adapter appeared, or its state, pin or error changed (not sent for mere tier changes of a served adapter)."""
 
@@ -162,4 +169,4 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     hung: bool = False
 
 
-Event = StepOutputs | RequestFailed | CallResult | Ready | AdapterUpdated | AdapterRemoved | Heartbeat
+Event = StepOutputs | RequestFailed | CallResult | Ready | StartFailed | AdapterUpdated | AdapterRemoved | Heartbeat
