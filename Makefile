@@ -1,0 +1,45 @@
+# Every target sets up what it needs; a second run finds it done.
+#   PYTHON=python3.12        the interpreter that makes .venv (3.11 or 3.12)
+#   TORCH_INDEX=https://...  take torch from this index, such as PyTorch's own of CPU builds (see README)
+#   ARGS='--port 8123'       flags passed on to the command
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+
+.PHONY: serve test test-slow check bench openapi clean
+
+serve: $(VENV)/.run-installed
+	$(VENV)/bin/loramux serve $(ARGS)
+
+test: $(VENV)/.dev-installed
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(VENV)/.dev-installed
+	$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)
+
+check: $(VENV)/.dev-installed
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.dev-installed
+	$(VENV)/bin/python -m benchmarks.serving $(ARGS)
+
+openapi: $(VENV)/.run-installed
+	$(VENV)/bin/python openapi/generate.py
+
+$(VENV)/.run-installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "loramux needs Python 3.11 or newer; name one with PYTHON=...")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(PIP) install -c constraints.txt --index-url $(TORCH_INDEX) torch)
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev-installed: $(VENV)/.run-installed
+	$(PIP) install -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
