@@ -1,0 +1,65 @@
+"""Runs plans on the device: one thread launches steps, another waits for their results, in order.
+
+The loop hands a plan over and gets a future; it may hand over the next one while the first still runs.
+"""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.plan import StepPlan, StepResult
+
+
+class Pending(Protocol):
+    """A launched step."""
+
+    def result(self) -> StepResult:
+        """Blocks until the device has finished the step."""
+
+
+class StepWorker(Protocol):
+    """The part of rank 0's worker that runs steps; both calls come from the launch thread."""
+
+    def forward(self, plan: StepPlan) -> None: ...
+
+    def sample(self, plan: StepPlan) -> Pending: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step on its way."""
+
+    plan: StepPlan
+    result: "asyncio.Future[StepResult]"
+    launched: float  # loop time
+
+
+class Pipeline:
+    """At most `depth` steps are on their way at once; the loop keeps to that."""
+
+    def __init__(self, worker: StepWorker) -> None:
+        self._worker = worker
+        self._launcher = ThreadPoolExecutor(1, thread_name_prefix="step")
+        self._collector = ThreadPoolExecutor(1, thread_name_prefix="collect")
+
+    def launch(self, plan: StepPlan) -> Flight:
+        """Starts a step behind those already launched. A plan without sequences is done at once."""
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[StepResult]
+        if plan.sequences:
+            pending = self._launcher.submit(self._run, plan)
+            result = loop.run_in_executor(self._collector, lambda: pending.result().result())
+        else:
+            result = loop.create_future()
+            result.set_result(StepResult(plan.step, [], 0.0))
+        return Flight(plan, result, loop.time())
+
+    def close(self) -> None:
+        """Waits for what runs and ends both threads."""
+        self._launcher.shutdown(cancel_futures=True)
+        self._collector.shutdown(cancel_futures=True)
+
+    def _run(self, plan: StepPlan) -> Pending:
+        self._worker.forward(plan)
+        return self._worker.sample(plan)
