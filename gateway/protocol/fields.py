@@ -1,0 +1,63 @@
+"""The fields that /v1/completions and /v1/chat/completions share, with their ranges. null always means the default."""
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+MAX_CHOICES = 2048  # prompts times n of one call
+MAX_STOPS = 64
+INT64 = 2**63
+
+Count = Annotated[int, Meta(ge=0, le=INT64 - 1)]
+TokenId = Annotated[int, Meta(ge=0, le=INT64 - 1)]
+Stop = Annotated[str, Meta(min_length=1, max_length=4096)]
+
+
+class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`stream_options`; allowed only with `stream: true`."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None  # accepted when not true
+
+
+class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The base of both requests: what is sampled, and what is accepted by name alone."""
+
+    model: str
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=INT64 - 1)] | None = None  # -1 and 0: off
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None  # token id as a string -> bias
+    seed: Annotated[int, Meta(ge=-INT64, le=INT64 - 1)] | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    min_tokens: Count | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None  # keeps the prefix cache apart
+
+    user: str | None = None  # ignored
+    metadata: dict[str, Any] | None = None  # ignored
+    store: bool | None = None  # ignored
+    service_tier: str | None = None  # ignored
+    safety_identifier: str | None = None  # ignored
+    prompt_cache_key: str | None = None  # ignored
+    prompt_cache_retention: str | None = None  # ignored
+
+    def stops(self) -> list[str]:
+        """The stop strings as a list."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    def streams_usage(self) -> bool:
+        """Whether the stream ends with a usage chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
