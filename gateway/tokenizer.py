@@ -6,7 +6,6 @@ Reads tokenizer.json and tokenizer_config.json alone; transformers is never impo
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,6 @@ from tokenizers import Tokenizer as RawTokenizer
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A text's token ids, and where in the text each begins (in characters)."""
-
-    ids: list[int]
-    offsets: list[int]
 
 
 class TokenizerError(Exception):
@@ -59,13 +50,18 @@ class Tokenizer:
             raise TokenizerError(f"cannot read {path}: {error}") from error
         return cls(raw, _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json"))
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> Encoded:
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`; special tokens that stand in the text are recognised either way."""
-        encoding = self._raw.encode(text, add_special_tokens=add_special_tokens)
-        encoded = Encoded(encoding.ids, [start for start, _ in encoding.offsets])
-        if self._bos_id is None or not add_special_tokens or encoded.ids[:1] == [self._bos_id]:
-            return encoded
-        return Encoded([self._bos_id, *encoded.ids], [0, *encoded.offsets])
+        ids: list[int] = self._raw.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._begin(ids) + ids if add_special_tokens else ids
+
+    def offsets(self, text: str) -> list[int]:
+        """Where in `text` each token of `encode(text, add_special_tokens=True)` begins, in characters."""
+        encoding = self._raw.encode(text, add_special_tokens=True)
+        return [0] * len(self._begin(encoding.ids)) + [start for start, _ in encoding.offsets]
+
+    def _begin(self, ids: list[int]) -> list[int]:
+        return [] if self._bos_id is None or ids[:1] == [self._bos_id] else [self._bos_id]
 
     def is_special(self, token: int) -> bool:
         """Whether `skip_special_tokens` leaves this token out of the text."""

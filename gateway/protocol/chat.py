@@ -53,6 +53,7 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """What the types cannot say. Raises ApiError (400)."""
+        super().check()
         require_neutral(self, NEUTRAL)
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_request("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
@@ -130,4 +131,4 @@ class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
     created: int  # unix seconds
     model: str
     choices: list[ChunkChoice]
-    usage: Usage | None | UnsetType = UNSET  # left out where it was not asked for
+    usage: Usage | UnsetType | None = UNSET  # left out where it was not asked for

@@ -25,6 +25,7 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """What the types cannot say. Raises ApiError (400)."""
+        super().check()
         require_neutral(self, NEUTRAL)
         if self.best_of not in (None, 1, self.n or 1):
             raise not_supported("best_of")
@@ -66,4 +67,4 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     created: int  # unix seconds
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET

@@ -5,6 +5,9 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from gateway.errors import bad_request
+from gateway.protocol.parse import not_supported
+
 MAX_CHOICES = 2048  # prompts times n of one call
 MAX_STOPS = 64
 INT64 = 2**63
@@ -53,6 +56,15 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     safety_identifier: str | None = None  # ignored
     prompt_cache_key: str | None = None  # ignored
     prompt_cache_retention: str | None = None  # ignored
+
+    def check(self) -> None:
+        """What the types cannot say. Raises ApiError (400)."""
+        if self.stream_options is None:
+            return
+        if not self.stream:
+            raise bad_request("'stream_options' is allowed only with 'stream': true.", param="stream_options")
+        if self.stream_options.include_obfuscation:
+            raise not_supported("stream_options.include_obfuscation")
 
     def stops(self) -> list[str]:
         """The stop strings as a list."""

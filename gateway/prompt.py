@@ -1,0 +1,122 @@
+"""From what a client sends to token ids: texts, ids, and conversations through the chat template.
+
+Long texts are encoded in a thread, so that one client's prompt does not stop the others' streams.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from gateway.chat_template import ChatTemplate, find_source
+from gateway.detokenize import Detokenizer
+from gateway.errors import bad_request
+from gateway.tokenizer import Tokenizer
+
+THREAD_CHARACTERS = 20_000  # a few milliseconds of encoding
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt, ready for the engine."""
+
+    ids: list[int]
+    text: str | None = None  # None: the client sent ids
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt as `echo` shows it."""
+
+    text: str
+    offsets: list[int]  # characters of the text before each token
+
+
+class PromptEncoder:
+    """The tokenizer and the chat template of the served model."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, vocab_size: int) -> None:
+        self.tokenizer = tokenizer
+        self._template = template
+        self._vocab_size = vocab_size
+
+    @classmethod
+    def load(cls, folder: str | Path, vocab_size: int, chat_template: str | None = None) -> Self:
+        """Reads the tokenizer's files of a model's folder; `chat_template` (a file or its text) replaces the model's.
+
+        Raises:
+            TokenizerError: the tokenizer's files are missing or broken.
+            TemplateMissing: `chat_template` is neither a file nor a template.
+            jinja2.TemplateSyntaxError: the template is broken.
+        """
+        tokenizer = Tokenizer.load(Path(folder))
+        source = find_source(Path(folder), tokenizer.config, chat_template)
+        template = None if source is None else ChatTemplate(source, tokenizer.special_tokens)
+        return cls(tokenizer, template, vocab_size)
+
+    async def text(self, text: str, *, param: str = "prompt", add_special_tokens: bool = True) -> Prompt:
+        """A text as it stands, with the special tokens that the tokenizer adds.
+
+        Raises:
+            ApiError: 400 where it comes to no token at all.
+        """
+        if len(text) < THREAD_CHARACTERS:
+            ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            ids = await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        if not ids:
+            raise bad_request(f"{param!r}: must not be empty.", param=param)
+        return Prompt(ids, text)
+
+    def ids(self, ids: list[int], *, param: str = "prompt") -> Prompt:
+        """Token ids as they stand.
+
+        Raises:
+            ApiError: 400 where there are none, or one is outside the vocabulary.
+        """
+        if not ids:
+            raise bad_request(f"{param!r}: must not be empty.", param=param)
+        self.require_known(ids, param)
+        return Prompt(ids)
+
+    def echo(self, prompt: Prompt, *, skip_special_tokens: bool) -> Echo:
+        """What `prompt`, a completion's, reads: a text as it was sent, ids decoded."""
+        if prompt.text is not None:
+            return Echo(prompt.text, self.tokenizer.offsets(prompt.text))
+        detokenizer = Detokenizer(self.tokenizer, skip_special_tokens=skip_special_tokens)
+        offsets, pieces = [], []
+        for token in prompt.ids:
+            offsets.append(detokenizer.length)
+            pieces.append(detokenizer.push(token))
+        return Echo("".join(pieces) + detokenizer.flush(), offsets)
+
+    def require_known(self, ids: Sequence[int], param: str) -> None:
+        """Raises ApiError (400) where an id is outside the model's vocabulary."""
+        highest = max(ids, default=0)
+        if highest >= self._vocab_size:
+            reason = f"token id {highest} is outside the vocabulary of {self._vocab_size} tokens"
+            raise bad_request(f"{param!r}: {reason}.", param=param)
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """A conversation through the chat template, which writes its special tokens itself: none are added.
+
+        Raises:
+            ApiError: 400 where the model has no template, or the template refuses the messages.
+        """
+        if self._template is None:
+            raise bad_request("This model has no chat template; the server's --chat-template sets one.")
+        text = self._template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            extra=extra,
+        )
+        return await self.text(text, param="messages", add_special_tokens=False)
