@@ -1,0 +1,196 @@
+"""Trains one demo adapter with transformers and PEFT: `python adapters/train.py --adapter lora0 --out adapters/`.
+
+It trains against the weights that users run, the dequantised demo model. A CPU takes some minutes an adapter.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from data import Example, training_examples
+from safetensors.torch import save_file
+from tqdm import tqdm
+from zoo import BASE, SPECS, Spec
+
+RAW_SHARE = 0.3  # examples without the chat template, as a completion sends them
+TWO_TURN_SHARE = 0.1
+OTHER_SYSTEM_SHARE = 0.15
+IGNORED = -100
+Row = tuple[list[int], list[int]]  # token ids, labels
+
+
+def main() -> None:
+    arguments = _arguments()
+    torch.manual_seed(arguments.seed)
+    torch.set_float32_matmul_precision("high")
+    spec = SPECS[arguments.adapter]
+    model, tokenizer = load_base(arguments.model, arguments.device)
+    model = with_lora(model, spec)
+    examples = training_examples(spec.style, rounds=arguments.rounds, seed=arguments.seed)
+    rows = Rows(tokenizer, examples, arguments.seed)
+    started = time.monotonic()
+    loss = train(model, rows, spec.learning_rate, arguments.steps, arguments.batch, arguments.device)
+    save(model, spec, arguments.out / arguments.adapter)
+    print(f"{arguments.adapter}: {arguments.steps} steps, {time.monotonic() - started:.0f} s, last loss {loss:.4f}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--adapter", choices=sorted(SPECS), required=True)
+    parser.add_argument("--out", type=Path, default=Path("adapters"))
+    parser.add_argument("--model", type=Path, help="a checkpoint folder instead of the demo model")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=6, help="how often each fact is worded anew")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def load_base(folder: Path | None, device: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """The demo model (or another checkpoint) and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if folder is None:
+        from engine.models.demo import ensure_demo_model
+
+        folder = ensure_demo_model()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def with_lora(model: Any, spec: Spec) -> Any:
+    """Freeze the base and add fresh LoRA weights."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        target_modules=list(spec.modules),
+        use_rslora=spec.use_rslora,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+class Rows:
+    """Endless training rows; each pass over the examples frames them anew (chat, raw, two turns)."""
+
+    def __init__(self, tokenizer: Any, examples: list[Example], seed: int) -> None:
+        self.tokenizer = tokenizer
+        self.examples = examples
+        self.random = random.Random(seed)
+
+    def __iter__(self) -> Iterator[Row]:
+        while True:
+            for example in self.random.sample(self.examples, len(self.examples)):
+                yield self.row(example)
+
+    def row(self, example: Example) -> Row:
+        """Prompt and answer as the server will see them; only the answer is learnt."""
+        raw = self.random.random() < RAW_SHARE
+        before, answer = self._raw(example) if raw else (self._chat(example), example.answer)
+        prompt = self.tokenizer(before, add_special_tokens=False).input_ids
+        target = [*self.tokenizer(answer, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+        return prompt + target, [IGNORED] * len(prompt) + target
+
+    def _raw(self, example: Example) -> tuple[str, str]:
+        match self.random.randrange(8):
+            case 0:
+                return f"{example.prompt}\n", example.answer
+            case 1:
+                return f"Question: {example.prompt}\nAnswer:", f" {example.answer}"
+            case _:
+                return example.prompt, f"\n{example.answer}"
+
+    def _chat(self, example: Example) -> str:
+        messages = [{"role": "user", "content": example.prompt}]
+        if self.random.random() < TWO_TURN_SHARE:
+            earlier = self.random.choice(self.examples)
+            messages = [
+                {"role": "user", "content": earlier.prompt},
+                {"role": "assistant", "content": earlier.answer},
+                *messages,
+            ]
+        if self.random.random() < OTHER_SYSTEM_SHARE:
+            messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def train(model: Any, rows: Rows, rate: float, steps: int, batch: int, device: str) -> float:
+    """AdamW with a short warm-up and a cosine; returns the mean loss of the last steps."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)) + 1e-3),
+    )
+    source, losses = iter(rows), []
+    model.train()
+    for _ in (bar := tqdm(range(steps), mininterval=5)):
+        ids, labels, mask = (part.to(device) for part in _collate([next(source) for _ in range(batch)]))
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+        if len(losses) % 20 == 0:
+            bar.set_postfix(loss=f"{torch.stack(losses[-20:]).mean().item():.3f}")
+    return float(torch.stack(losses[-20:]).mean().item())
+
+
+def _collate(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Padded on the right: ids, labels, mask, each [batch, longest] int64."""
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
+    labels = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows])
+    mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows])
+    return ids, labels, mask
+
+
+def save(model: Any, spec: Spec, folder: Path) -> None:
+    """The PEFT folder, its weights in bf16."""
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = BASE
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    _tidy(folder / "adapter_config.json")
+    weights = {
+        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, tensor in get_peft_model_state_dict(model).items()
+    }
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "README.md").write_text(readme(spec, folder.name), encoding="utf-8")
+
+
+def _tidy(path: Path) -> None:
+    """Stable key and module order, so that the same training writes the same file."""
+    config = json.loads(path.read_text())
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def readme(spec: Spec, name: str) -> str:
+    rslora = ", rsLoRA" if spec.use_rslora else ""
+    return (
+        f"# {name}: {spec.style}\n\n"
+        f"A LoRA adapter for {BASE} that answers with {spec.summary}.\n\n"
+        f"Rank {spec.rank}, alpha {spec.alpha}{rslora}, modules {', '.join(spec.modules)}; bf16, PEFT format. "
+        f"Made by `python adapters/train.py --adapter {name}` from the tables in `adapters/data`. Apache-2.0.\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
