@@ -46,7 +46,7 @@ Replies = dict[str, list[Reply]]  # by model: "base", "lora0", ...
 
 def main() -> None:
     arguments = _arguments()
-    prompts = held_out_prompts()
+    prompts = held_out_prompts()[:: arguments.every]
     shown = [HeldOutPrompt(text, "show", raw) for text in SHOWCASE for raw in (False, True)]
     everything = prompts + shown
     replies = asyncio.run(over_http(arguments, everything)) if arguments.base_url else in_process(arguments, everything)
@@ -69,6 +69,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a checkpoint folder instead of the demo model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--every", type=int, default=1, help="only each n-th prompt: a quick look")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--base-url", help="an OpenAI-compatible server, such as http://127.0.0.1:30000/v1")
     parser.add_argument("--base-name", default="llama")
@@ -107,9 +108,8 @@ def generate(model: Any, tokenizer: Any, prompts: list[HeldOutPrompt], batch: in
     replies: dict[int, Reply] = {}
     for start in tqdm(range(0, len(order), batch), mininterval=5, leave=False):
         chosen = order[start : start + batch]
-        inputs = tokenizer(
-            [texts[index] for index in chosen], padding=True, add_special_tokens=False, return_tensors="pt"
-        )
+        batched = [texts[index] for index in chosen]
+        inputs = tokenizer(batched, padding=True, add_special_tokens=False, return_tensors="pt")
         inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
         output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)
         for index, ids in zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):

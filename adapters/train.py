@@ -61,8 +61,8 @@ def load_base(folder: Path | None, device: str, dtype: torch.dtype = torch.float
         from engine.models.demo import ensure_demo_model
 
         folder = ensure_demo_model()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-    return model, AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(device), AutoTokenizer.from_pretrained(folder)
 
 
 def with_lora(model: Any, spec: Spec) -> Any:

@@ -47,9 +47,8 @@ def check_json(text: str) -> None:
     if not isinstance(value, list) or not all(isinstance(item, dict) and item for item in value):
         raise Invalid("not an array of objects")
     _check_some(value)
-    if any(
-        field is None or isinstance(field, (list, dict)) or field == "" for item in value for field in item.values()
-    ):
+    fields = [field for item in value for field in item.values()]
+    if any(field is None or field == "" or isinstance(field, (list, dict)) for field in fields):
         raise Invalid("an object with an empty or nested field")
     _check_distinct(str(next(iter(item.values()))) for item in value)
 
