@@ -81,7 +81,7 @@ def lora_expand(
 
 
 def _active(slots: Tensor) -> list[int]:
-    return [int(slot) for slot in slots.unique() if slot >= 0]
+    return sorted(set(slots.tolist()) - {-1})
 
 
 # ---------------------------------------------------------------- attention over the arena
@@ -89,7 +89,7 @@ def _active(slots: Tensor) -> list[int]:
 
 def kv_view(arena: Tensor, layout: KvLayout) -> Tensor:
     """The arena as KV blocks, a view: [num_chunks, layers, 2, kv_heads, block_tokens, head_dim]."""
-    return arena[:, : layout.elements].unflatten(1, layout.shape)
+    return arena[:, : layout.elements].view(arena.shape[0], *layout.shape)
 
 
 def store_kv(
