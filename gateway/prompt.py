@@ -29,6 +29,7 @@ class Prompt:
 class Echo:
     """A prompt as `echo` shows it."""
 
+    tokens: list[int]
     text: str
     offsets: list[int]  # characters of the text before each token
 
@@ -83,13 +84,13 @@ class PromptEncoder:
     def echo(self, prompt: Prompt, *, skip_special_tokens: bool) -> Echo:
         """What `prompt`, a completion's, reads: a text as it was sent, ids decoded."""
         if prompt.text is not None:
-            return Echo(prompt.text, self.tokenizer.offsets(prompt.text))
+            return Echo(prompt.ids, prompt.text, self.tokenizer.offsets(prompt.text))
         detokenizer = Detokenizer(self.tokenizer, skip_special_tokens=skip_special_tokens)
         offsets, pieces = [], []
         for token in prompt.ids:
             offsets.append(detokenizer.length)
             pieces.append(detokenizer.push(token))
-        return Echo("".join(pieces) + detokenizer.flush(), offsets)
+        return Echo(prompt.ids, "".join(pieces) + detokenizer.flush(), offsets)
 
     def require_known(self, ids: Sequence[int], param: str) -> None:
         """Raises ApiError (400) where an id is outside the model's vocabulary."""
