@@ -34,8 +34,7 @@ async def chat_call(gateway: Gateway, request: ChatRequest) -> Call:
     request.check()
     model = await gateway.registry.resolve(request.model)
     prompt = await _prompt(gateway, request)
-    param = "max_completion_tokens" if request.max_completion_tokens is not None else "max_tokens"
-    limit = fit_max_tokens(gateway.client.model, len(prompt.ids), request.limit(), None, param)
+    limit = fit_max_tokens(gateway.client.model, len(prompt.ids), request.limit())
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     job = Job(
         model=model,

@@ -30,7 +30,7 @@ class Piece:
     """What was added to one choice."""
 
     choice: int  # over all jobs of the call
-    text: str = ""
+    parts: list[str] = field(default_factory=list)  # of the text
     tokens: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)  # of each token, in characters of the generated text
     logprobs: list[TokenLogprob] = field(default_factory=list)  # one for each token, or none at all
@@ -39,9 +39,14 @@ class Piece:
     finish: FinishReason | None = None
     matched: str | int | None = None  # the stop string or token that ended it
 
+    @property
+    def text(self) -> str:
+        """What may be shown of the new text."""
+        return "".join(self.parts)
+
     def add(self, later: "Piece") -> None:
         """Appends what came next to the same choice."""
-        self.text += later.text
+        self.parts += later.parts
         self.tokens += later.tokens
         self.offsets += later.offsets
         self.logprobs += later.logprobs
@@ -99,19 +104,19 @@ class Choice:
     def _show(self, piece: Piece, text: str) -> None:
         """Adds text as far as it is safe; a stop string ends the piece. Up to min_tokens nothing stops."""
         if self._watch is None or self._generated <= self._job.params.min_tokens:
-            piece.text += text
+            piece.parts.append(text)
             return
         match self._watch.push(text):
             case StopMatch(stop=stop, text=shown):
-                piece.text += shown
+                piece.parts.append(shown)
                 piece.finish, piece.matched = FinishReason.STOP, stop
             case shown:
-                piece.text += shown
+                piece.parts.append(shown)
 
     def _end(self, piece: Piece, output: SequenceOutput) -> None:
         self._show(piece, self._detokenizer.flush())
         if piece.finish is None:
-            piece.text += self._watch.flush() if self._watch else ""
+            piece.parts.append(self._watch.flush() if self._watch else "")
             piece.finish, piece.matched = output.finish, output.stop_token
 
     def _time(self, piece: Piece) -> None:

@@ -56,7 +56,7 @@ async def _prompt(gateway: Gateway, given: str | list[int]) -> Prompt:
 def _job(
     gateway: Gateway, request: CompletionRequest, model: ResolvedModel, prompt: Prompt, stops: StopStrings | None
 ) -> Job:
-    limit = fit_max_tokens(gateway.client.model, len(prompt.ids), request.max_tokens, DEFAULT_TOKENS, "max_tokens")
+    limit = fit_max_tokens(gateway.client.model, len(prompt.ids), request.max_tokens, DEFAULT_TOKENS)
     prompt_logprobs = request.logprobs if request.echo else None
     return Job(
         model=model,

@@ -58,27 +58,18 @@ def default_sampling(gateway: Gateway) -> dict[str, Any]:
     return {name: named[name] for name in MODEL_DEFAULTS if named.get(name) is not None}
 
 
-def fit_max_tokens(model: ModelInfo, prompt_tokens: int, asked: int | None, default: int | None, param: str) -> int:
+def fit_max_tokens(model: ModelInfo, prompt_tokens: int, asked: int | None, default: int | None = None) -> int:
     """How many tokens may be generated: as asked, or at most `default` of what the context leaves.
 
     Raises:
         ApiError: 400 `context_length_exceeded` where the prompt, or the prompt and what was asked, do not fit.
     """
     left = model.max_model_len - prompt_tokens
+    if asked is None and left < 1:
+        raise _too_long(model, prompt_tokens, 1, "1 to generate")
     if asked is not None and asked > left:
-        raise _too_long(
-            model.max_model_len,
-            f"{prompt_tokens} in the prompt and {asked} for max_tokens",
-            prompt_tokens + asked,
-            param,
-        )
-    if asked is not None:
-        return asked
-    if left < 1:
-        raise _too_long(
-            model.max_model_len, f"{prompt_tokens} in the prompt and 1 to generate", prompt_tokens + 1, param
-        )
-    return left if default is None else min(default, left)
+        raise _too_long(model, prompt_tokens, asked, f"{asked} for max_tokens")
+    return min(left, left if default is None else default) if asked is None else asked
 
 
 def logit_bias(given: dict[str, float] | None, model: ModelInfo) -> dict[int, float]:
@@ -104,6 +95,7 @@ def _shape(gateway: Gateway, request: SamplingFields) -> dict[str, Any]:
     return shape
 
 
-def _too_long(context: int, parts: str, total: int, param: str) -> ApiError:
-    message = f"This model's maximum context length is {context} tokens; the request needs {total}: {parts}."
-    return bad_request(message, param=param, code="context_length_exceeded")
+def _too_long(model: ModelInfo, prompt_tokens: int, more: int, asked: str) -> ApiError:
+    total = f"{prompt_tokens + more}: {prompt_tokens} in the prompt and {asked}"
+    message = f"This model's maximum context length is {model.max_model_len} tokens; the request needs {total}."
+    return bad_request(message, param="max_tokens", code="context_length_exceeded")

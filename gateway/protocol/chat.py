@@ -6,7 +6,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from gateway.errors import bad_request
-from gateway.protocol.fields import Count, SamplingFields
+from gateway.protocol.fields import Positive, SamplingFields
 from gateway.protocol.messages import Message
 from gateway.protocol.parse import require_neutral
 from gateway.protocol.usage import Usage
@@ -30,8 +30,8 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     """Every field of the route; any other is refused."""
 
     messages: Annotated[list[Message], Meta(min_length=1)]
-    max_tokens: Annotated[Count, Meta(ge=1)] | None = None  # the older name of max_completion_tokens
-    max_completion_tokens: Annotated[Count, Meta(ge=1)] | None = None
+    max_tokens: Positive | None = None  # the older name of max_completion_tokens
+    max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     add_generation_prompt: bool | None = None

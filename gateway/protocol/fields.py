@@ -13,6 +13,7 @@ MAX_STOPS = 64
 INT64 = 2**63
 
 Count = Annotated[int, Meta(ge=0, le=INT64 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=INT64 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=INT64 - 1)]
 Stop = Annotated[str, Meta(min_length=1, max_length=4096)]
 
