@@ -1,0 +1,66 @@
+"""Adapters in the form the torch backend multiplies with: pieces of a site brought together, then packed.
+
+Built off the step's path, when an adapter becomes resident or the set in use changes.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from engine.layers.linear import make_product
+from engine.layers.lora import SITE_MODULES, AdapterSet, SitePair
+from engine.models.dims import LORA_MODULES, ModelDims
+
+# (layer, module) -> blocks of (A [ranks, in], B [out, ranks]), in the order of their ranks; views into the arena
+PieceViews = Mapping[tuple[int, int], Sequence[tuple[Tensor, Tensor]]]
+
+
+def merge(dims: ModelDims, adapters: Mapping[int, PieceViews]) -> AdapterSet:
+    """Merges the adapters, in the mapping's order, into one set."""
+    views, nbytes, layers = list(adapters.values()), 0, []
+    for layer in range(dims.layers):
+        row: list[SitePair | None] = []
+        for modules in SITE_MODULES:
+            pair, size = _merge_site(dims, views, layer, modules)
+            row.append(pair)
+            nbytes += size
+        layers.append(tuple(row))
+    return AdapterSet(tuple(adapters), tuple(layers), nbytes)
+
+
+def _merge_site(
+    dims: ModelDims, adapters: Sequence[PieceViews], layer: int, modules: tuple[int, ...]
+) -> tuple[SitePair | None, int]:
+    """The pair of one site and its bytes."""
+    blocks = [
+        (owner, offset, a, b)
+        for owner, views in enumerate(adapters)
+        for module, offset in zip(modules, _offsets(dims, modules), strict=True)
+        for a, b in views.get((layer, module), ())
+    ]
+    if not blocks:
+        return None, 0
+    widths = [0] * len(adapters)
+    for owner, _, a, _ in blocks:
+        widths[owner] += a.shape[0]
+    a_all = torch.cat([a for _, _, a, _ in blocks])
+    b_all = a_all.new_zeros(sum(_out(dims, module) for module in modules), sum(widths))
+    column = 0
+    for _, offset, a, b in blocks:
+        b_all[offset : offset + b.shape[0], column : column + a.shape[0]] = b
+        column += a.shape[0]
+    owner_of = torch.repeat_interleave(torch.arange(len(widths), device=a_all.device), a_all.new_tensor(widths).long())
+    return SitePair(make_product(a_all), make_product(b_all), owner_of, tuple(widths)), a_all.nbytes + b_all.nbytes
+
+
+def _out(dims: ModelDims, module: int) -> int:
+    return dims.module_shape(LORA_MODULES[module])[1]
+
+
+def _offsets(dims: ModelDims, modules: tuple[int, ...]) -> list[int]:
+    """Where each module's outputs start in the merged product."""
+    ends = [0]
+    for module in modules:
+        ends.append(ends[-1] + _out(dims, module))
+    return ends[:-1]

@@ -1,0 +1,79 @@
+"""One token for each row of logits: temperature, top-k, top-p, min-p, then the inverse of the cumulated probabilities.
+
+A row's token depends on that row alone. Filters keep every token whose probability reaches the threshold they find, so
+that tokens of equal probability share their fate and no order among them matters.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HEAD = 256  # the most likely tokens looked at first; rows that need more are sorted whole
+SLAB = 32  # rows drawn at once; bounds the float64 scratch
+
+
+@dataclass(frozen=True, slots=True)
+class DrawParams:
+    """One value for each row."""
+
+    temperature: Tensor  # [rows] float32, above 0
+    top_k: Tensor  # [rows] int64; 0: off
+    top_p: Tensor  # [rows] float32; 1: off
+    min_p: Tensor  # [rows] float32; 0: off
+    uniform: Tensor  # [rows] float64 in [0, 1)
+
+    def rows(self, index: slice | Tensor) -> "DrawParams":
+        return DrawParams(
+            self.temperature[index], self.top_k[index], self.top_p[index], self.min_p[index], self.uniform[index]
+        )
+
+
+def draw(logits: Tensor, params: DrawParams) -> Tensor:
+    """[rows, vocab] float32 -> [rows] int64."""
+    slabs = range(0, logits.shape[0], SLAB)
+    return torch.cat([_draw(logits[i : i + SLAB], params.rows(slice(i, i + SLAB))) for i in slabs])
+
+
+def _draw(logits: Tensor, params: DrawParams) -> Tensor:
+    shifted = logits - logits.amax(-1, keepdim=True)  # so that a small temperature cannot overflow
+    probs = shifted.div_(params.temperature[:, None]).softmax(-1)
+    cumulated = probs.masked_fill(probs < threshold(probs, params)[:, None], 0.0).double().cumsum(-1)
+    target = params.uniform[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, target, right=True)[:, 0]
+
+
+def threshold(probs: Tensor, params: DrawParams) -> Tensor:
+    """[rows] float32: the least probability that the filters keep."""
+    least = params.min_p * probs.amax(-1)
+    filtered = ((params.top_k > 0) | (params.top_p < 1.0)).nonzero()[:, 0]
+    if len(filtered):
+        kept = _ranked_threshold(probs[filtered], params.top_k[filtered], params.top_p[filtered])
+        least[filtered] = torch.maximum(least[filtered], kept)
+    return least
+
+
+def _ranked_threshold(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The filters that need an order, over the head of each row first and over whole rows where that is too short."""
+    vocab = probs.shape[-1]
+    if vocab <= HEAD:
+        return _from_sorted(probs.sort(-1, descending=True).values, probs, top_k, top_p)[0]
+    least, enough = _from_sorted(probs.topk(HEAD, -1).values, probs, top_k, top_p)
+    rest = (~enough).nonzero()[:, 0]
+    if len(rest):
+        ordered = probs[rest].sort(-1, descending=True).values
+        least[rest] = _from_sorted(ordered, probs[rest], top_k[rest], top_p[rest])[0]
+    return least
+
+
+def _from_sorted(ordered: Tensor, probs: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """([rows] thresholds, [rows] bool: the ordered head was long enough). Top-p is a share of what top-k leaves."""
+    width = ordered.shape[-1]
+    count = torch.where(top_k > 0, top_k, probs.shape[-1])
+    inside = torch.arange(width, device=probs.device) < count[:, None]
+    head = ordered.double().masked_fill(~inside, 0.0).cumsum(-1)
+    total = torch.where(count <= width, head[:, -1], 1.0)  # probabilities add up to 1
+    needed = (head < (top_p * total)[:, None]).sum(-1)  # places before the one that reaches the share
+    last = torch.minimum(torch.where(top_p < 1.0, needed, probs.shape[-1]), count - 1)
+    enough = last < width
+    return ordered.gather(-1, last.clamp(max=width - 1)[:, None])[:, 0], enough

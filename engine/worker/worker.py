@@ -1,0 +1,195 @@
+"""One rank: weights, arena, adapters and the runner. It decides nothing; the loop hands it plans."""
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.adapters.bank import AdapterBank, HostPages
+from engine.config import EngineConfig
+from engine.geometry import Geometry, make_geometry
+from engine.layers.attention import TorchAttention
+from engine.layers.linear import cpu_has_bfloat16
+from engine.models.config import ModelConfig
+from engine.models.decoder import load_decoder
+from engine.models.dims import ModelDims
+from engine.models.registry import load_config
+from engine.models.weights import Progress, open_weights
+from engine.plan import AdapterLoad, StepPlan
+from engine.worker.background import BackgroundThread
+from engine.worker.lora import LoraChooser
+from engine.worker.memory import ArenaSize, StartupError, allowed_bytes, size_arena
+from engine.worker.rows import make_rows
+from engine.worker.runner import Pending, Runner
+from engine.worker.sampler import Sampler
+from engine.worker.warmup import largest_step, timed
+
+CPU_STEP_TOKENS = 256
+GPU_STEP_TOKENS = 2048
+MERGED_SHARE = 4  # merged adapters beside the arena may take this fraction (1 / n) of its bytes
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """What the rest of the engine must know of the worker, free of torch."""
+
+    model: ModelConfig
+    dims: ModelDims
+    geometry: Geometry
+    num_chunks: int
+    context_length: int
+    step_tokens: int  # tokens a step may hold
+    dtype: str
+    device: str
+    lora_backend: str
+    largest_step_seconds: float
+
+
+class Worker:
+    """`forward` and `sample` run on one step thread, `load` and `drop` on the loop's."""
+
+    def __init__(self, info: WorkerInfo, runner: Runner, bank: AdapterBank, chooser: LoraChooser, threads: int) -> None:
+        self.info = info
+        self._runner = runner
+        self._bank = bank
+        self._chooser = chooser
+        self._threads = threads
+        self._prepared = threading.local()
+
+    @classmethod
+    def start(cls, config: EngineConfig, folder: Path, *, progress: Progress) -> "Worker":
+        """Loads the weights and allocates the arena.
+
+        `progress(stage, done, total)` is called as weights load. Raises UnsupportedModelError for a checkpoint that
+        the decoder does not understand, StartupError for settings that cannot be served here.
+        """
+        return _start(config, folder, progress)
+
+    def warmed_up(self) -> "Worker":
+        """Runs the largest step once and notes how long it took."""
+        info = self.info
+        plan = largest_step(info.step_tokens, info.context_length, info.num_chunks, info.geometry)
+        seconds = timed(lambda: (self.forward(plan), self.sample(plan).result()))
+        self.info = replace(info, largest_step_seconds=seconds)
+        return self
+
+    @property
+    def lora_steps(self) -> Mapping[str, int]:
+        """Steps by the way their adapters were computed: base, stacked, segmented."""
+        return self._chooser.counts
+
+    def load(self, load: AdapterLoad, adapter: HostPages, done: Callable[[int, BaseException | None], None]) -> None:
+        """Brings an adapter's pages into its chunks; returns at once.
+
+        `done(adapter_id, error)` is called from another thread when the adapter may enter a plan.
+        """
+        self._bank.load(load, adapter, done)
+
+    def drop(self, adapter_id: int) -> None:
+        """The adapter's chunks are about to be reused: no plan names it from now on."""
+        self._bank.drop(adapter_id)
+
+    def poison(self, chunks: Sequence[int]) -> None:
+        """For tests: fills freed chunks with NaN."""
+        self._bank.poison(chunks)
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan) -> None:
+        """Launches the plan's tokens through the layers."""
+        self._prepare_thread()
+        self._runner.forward(plan)
+
+    @torch.inference_mode()
+    def sample(
+        self, plan: StepPlan, masks: Mapping[int, Tensor] | None = None, force: Mapping[int, int] | None = None
+    ) -> Pending:
+        """Launches the sampling of the plan that `forward` had last.
+
+        `masks`: for a sequence_id what its token may be, [vocab] bool. `force`: for a sequence_id the token that it
+        gets whatever the logits say; its log-probability is reported all the same.
+        """
+        self._prepare_thread()
+        return self._runner.sample(plan, masks, force)
+
+    def _prepare_thread(self) -> None:
+        """torch keeps the number of threads for each calling thread."""
+        if not getattr(self._prepared, "done", False):
+            torch.set_num_threads(self._threads)
+            self._prepared.done = True
+
+
+def _start(config: EngineConfig, folder: Path, progress: Progress) -> Worker:
+    device = _device(config)
+    model = load_config(folder)
+    dtype = _dtype(config, model, device)
+    threads = config.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    geometry = make_geometry(model.dims, dtype.itemsize)
+    context = min(config.context_length or model.max_position, model.max_position)
+    size = size_arena(config, model.dims, geometry, context, allowed_bytes(config, device))
+    source = open_weights(folder, config.load_format, dtype)
+    with torch.inference_mode():
+        decoder = load_decoder(model, source, dtype, device, context, progress)
+        source.close()
+        arena = torch.zeros(size.chunks, geometry.chunk_elements, dtype=dtype, device=device)
+    bank = AdapterBank(arena, model.dims, BackgroundThread("adapter-loads"), arena.nbytes // MERGED_SHARE)
+    chooser = LoraChooser(bank, config.lora_stack)
+    rows = make_rows(config.max_running_requests, geometry.blocks(context), device)
+    attention = TorchAttention(arena, model.dims, geometry.block_tokens, model.sliding_window, model.sliding_layers)
+    sampler = Sampler(rows, config.max_running_requests, model.dims.vocab, model.eos_token_ids, device)
+    runner = Runner(decoder, attention, chooser, rows, sampler, geometry.block_tokens, device)
+    info = _info(config, model, geometry, size, dtype, device, _step_tokens(config, device, context))
+    return Worker(info, runner, bank, chooser, threads).warmed_up()
+
+
+def _info(
+    config: EngineConfig,
+    model: ModelConfig,
+    geometry: Geometry,
+    size: ArenaSize,
+    dtype: torch.dtype,
+    device: torch.device,
+    step_tokens: int,
+) -> WorkerInfo:
+    return WorkerInfo(
+        model=model,
+        dims=model.dims,
+        geometry=geometry,
+        num_chunks=size.chunks,
+        context_length=size.context_length,
+        step_tokens=step_tokens,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        lora_backend="torch",
+        largest_step_seconds=0.0,
+    )
+
+
+def _step_tokens(config: EngineConfig, device: torch.device, context: int) -> int:
+    size = config.chunked_prefill_size
+    if size is None:
+        return CPU_STEP_TOKENS if device.type == "cpu" else GPU_STEP_TOKENS
+    return context if size == -1 else size
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.tp_size != 1:
+        raise StartupError(f"--tp-size {config.tp_size}: tensor parallelism is not built yet")
+    if config.lora_backend == "triton":
+        raise StartupError("--lora-backend triton needs a GPU; use torch")
+    if config.device not in ("auto", "cpu"):
+        raise StartupError(f"--device {config.device} is not built yet; use cpu")
+    return torch.device("cpu")
+
+
+def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    if device.type == "cpu":
+        return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+    return DTYPES[model.dtype]
