@@ -1,4 +1,4 @@
-"""Plain references of the kernels, obvious rather than fast. Every kernel and every fast path is tested against these."""
+"""Plain references of the kernels, obvious rather than fast: kernels and fast paths are tested against these."""
 
 import torch
 from torch import Tensor
