@@ -66,6 +66,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--adapters", type=Path, default=Path(__file__).parent, help="the folder with lora0 and on")
+    parser.add_argument("--models", nargs="+", choices=["base", *SPECS], default=["base", *SPECS])
     parser.add_argument("--model", type=Path, help="a checkpoint folder instead of the demo model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -84,8 +85,10 @@ def in_process(arguments: argparse.Namespace, prompts: list[HeldOutPrompt]) -> R
 
     base, tokenizer = load_base(arguments.model, arguments.device, getattr(torch, arguments.dtype))
     tokenizer.padding_side = "left"
-    names = [name for name in SPECS if (arguments.adapters / name / "adapter_config.json").exists()]
-    replies = {"base": generate(base, tokenizer, prompts, arguments.batch)}
+    names = [name for name in SPECS if name in arguments.models]
+    replies: Replies = {}
+    if "base" in arguments.models:
+        replies["base"] = generate(base, tokenizer, prompts, arguments.batch)
     model: Any = None
     for name in names:
         folder = str(arguments.adapters / name)
@@ -128,7 +131,7 @@ async def over_http(arguments: argparse.Namespace, prompts: list[HeldOutPrompt])
     import httpx
 
     base = arguments.base_name
-    served = {"base": base} | {name: f"{base}:{name}" for name in SPECS}
+    served = {name: base if name == "base" else f"{base}:{name}" for name in arguments.models}
     limit = asyncio.Semaphore(arguments.concurrency)
     async with httpx.AsyncClient(base_url=arguments.base_url.rstrip("/") + "/", timeout=600) as client:
         jobs = [(model, prompt) for prompt in prompts for model in served]

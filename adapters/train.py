@@ -48,7 +48,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=6, help="how often each fact is worded anew")
+    parser.add_argument("--rounds", type=int, default=8, help="how often each fact is worded anew")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -92,6 +92,15 @@ class Rows:
             for example in self.random.sample(self.examples, len(self.examples)):
                 yield self.row(example)
 
+    def batches(self, size: int, count: int) -> Iterator[list[Row]]:
+        """Batches of rows of like length, so that little is padding; their order is random."""
+        source, window = iter(self), 8
+        for start in range(0, count, window):
+            rows = sorted((next(source) for _ in range(size * window)), key=lambda row: len(row[0]))
+            batches = [rows[first : first + size] for first in range(0, len(rows), size)]
+            self.random.shuffle(batches)
+            yield from batches[: count - start]
+
     def row(self, example: Example) -> Row:
         """Prompt and answer as the server will see them; only the answer is learnt."""
         raw = self.random.random() < RAW_SHARE
@@ -132,11 +141,10 @@ def train(model: Any, rows: Rows, rate: float, steps: int, batch: int, device: s
         optimizer,
         lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)) + 1e-3),
     )
-    source, losses = iter(rows), []
+    losses: list[torch.Tensor] = []
     model.train()
-    for _ in (bar := tqdm(range(steps), mininterval=5)):
-        ids, labels, mask = (part.to(device) for part in _collate([next(source) for _ in range(batch)]))
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    for chosen in (bar := tqdm(rows.batches(batch, steps), total=steps, mininterval=5)):
+        loss = answer_loss(model, *(part.to(device) for part in _collate(chosen)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -146,6 +154,17 @@ def train(model: Any, rows: Rows, rate: float, steps: int, batch: int, device: s
         if len(losses) % 20 == 0:
             bar.set_postfix(loss=f"{torch.stack(losses[-20:]).mean().item():.3f}")
     return float(torch.stack(losses[-20:]).mean().item())
+
+
+def answer_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy over the answers' tokens; logits are made for these alone, which saves most of their cost."""
+    llama = model.get_base_model()
+    with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
+        hidden = llama.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        targets = labels[:, 1:]
+        learnt = targets != IGNORED
+        logits = llama.lm_head(hidden[:, :-1][learnt])
+    return torch.nn.functional.cross_entropy(logits.float(), targets[learnt])
 
 
 def _collate(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
