@@ -44,6 +44,7 @@ class WorkerInfo:
     num_chunks: int
     context_length: int
     step_tokens: int  # tokens a step may hold
+    max_running: int  # state rows
     dtype: str
     device: str
     lora_backend: str
@@ -94,6 +95,7 @@ class Worker:
         """The adapter's chunks are about to be reused: no plan names it from now on."""
         self._bank.drop(adapter_id)
 
+    @torch.inference_mode()
     def poison(self, chunks: Sequence[int]) -> None:
         """For tests: fills freed chunks with NaN."""
         self._bank.poison(chunks)
@@ -163,6 +165,7 @@ def _info(
         num_chunks=size.chunks,
         context_length=size.context_length,
         step_tokens=step_tokens,
+        max_running=config.max_running_requests,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         lora_backend="torch",
