@@ -75,5 +75,5 @@ def _from_sorted(ordered: Tensor, probs: Tensor, top_k: Tensor, top_p: Tensor) -
     total = torch.where(count <= width, head[:, -1], 1.0)  # probabilities add up to 1
     needed = (head < (top_p * total)[:, None]).sum(-1)  # places before the one that reaches the share
     last = torch.minimum(torch.where(top_p < 1.0, needed, probs.shape[-1]), count - 1)
-    enough = last < width
+    enough = (last < width) & ((count <= width) | (top_k == 0))  # else what top-k leaves is not known
     return ordered.gather(-1, last.clamp(max=width - 1)[:, None])[:, 0], enough

@@ -6,9 +6,8 @@ _BITS = 48  # few enough that u times a float64 total stays below the total
 
 def uniform(seed: int, choice: int, index: int) -> float:
     """A number in [0, 1) for the `index`-th output token of a choice."""
-    state = _mix(seed & _MASK)
-    state = _mix(state ^ _mix(choice + 1))
-    return float(_mix(state ^ _mix(index + (1 << 32))) >> (64 - _BITS)) / float(1 << _BITS)
+    mixed = _mix(_mix(_mix(seed & _MASK) + choice) + index)  # one after the other, so that they cannot change places
+    return float(mixed >> (64 - _BITS)) / float(1 << _BITS)
 
 
 def _mix(value: int) -> int:

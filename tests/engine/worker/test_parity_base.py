@@ -57,7 +57,7 @@ def test_shared_prefix_blocks(tiny: tuple[LlamaForCausalLM, Path]) -> None:
     model, folder = tiny
     driver, prompt = Driver(start(folder)), prompts(1, 1, seed=5)[0] * 70
     (first,) = driver.run([Request(prompt)], poison=False)
-    (second,) = driver.run([Request(prompt + [7, 8, 9], cached=first)])
+    (second,) = driver.run([Request([*prompt, 7, 8, 9], cached=first)])
     assert second.computed > len(second.prompt)
     assert second.blocks[:4] == first.blocks[:4]
     assert_matches(model, second)

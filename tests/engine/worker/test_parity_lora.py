@@ -1,4 +1,4 @@
-"""The worker against transformers + PEFT in float32: mixed ranks, rsLoRA, subsets of modules, one batch with the base."""
+"""The worker against transformers + PEFT in float32: mixed ranks, rsLoRA, subsets of modules, base beside them."""
 
 import copy
 from collections.abc import Sequence
