@@ -15,7 +15,7 @@ from engine.adapters.binding import Binding, bind
 from engine.adapters.peft_config import MAX_CONFIG_BYTES, LoraSettings, parse_settings
 from engine.adapters.source import CONFIG_FILE, TENSORS_FILE, open_adapter_file
 from engine.adapters.spec import AdapterLimits, AdapterSpec, ModuleSpec, invalid
-from engine.adapters.targets import ends_with
+from engine.adapters.targets import Names, ends_with
 from engine.adapters.tensorfile import Entry, Header, all_finite, read_body, read_header, tensor_of
 from engine.models.dims import LORA_MODULES, ModelDims
 from engine.types import EngineError
@@ -98,7 +98,7 @@ def _check_layers(binding: Binding, settings: LoraSettings, dims: ModelDims) -> 
 def _check_targets(binding: Binding, settings: LoraSettings, dims: ModelDims) -> None:
     """The config's targets and the file's tensors are the same set of modules."""
     targets = settings.targets
-    for target in targets.modules if not isinstance(targets.modules, str) else ():
+    for target in targets.modules.names if isinstance(targets.modules, Names) else ():
         if not any(ends_with(binding.name(*key), target) for key in binding.pairs):
             raise invalid(
                 f"{CONFIG_FILE}: target_modules: {target!r} names no module that has tensors in {TENSORS_FILE} "
@@ -107,7 +107,7 @@ def _check_targets(binding: Binding, settings: LoraSettings, dims: ModelDims) ->
     for layer in range(dims.layers):
         for module in range(len(LORA_MODULES)):
             name = binding.name(layer, module)
-            wanted, found = (name, layer) in targets, (layer, module) in binding.pairs
+            wanted, found = targets.cover(name, layer), (layer, module) in binding.pairs
             if wanted and not found:
                 raise invalid(f"{CONFIG_FILE} targets {name}, but {TENSORS_FILE} has no tensors for it")
             if found and not wanted:
@@ -130,7 +130,7 @@ def _check_module(
     _check_shape(b, (outputs, rank), axis=1)
     if rank > limits.max_rank:
         raise invalid(f"{name} has rank {rank}; this server takes at most {limits.max_rank} (--max-lora-rank)")
-    return ModuleSpec(layer, module, rank, settings.scale_of(name))
+    return ModuleSpec(layer, module, rank, settings.scale_of(name, rank))
 
 
 def _check_shape(entry: Entry, expected: tuple[int, int], *, axis: int) -> None:

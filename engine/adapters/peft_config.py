@@ -2,15 +2,17 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.adapters.spec import invalid
-from engine.adapters.targets import ALL_LINEAR, Targets, check_pattern, pattern_value
+from engine.adapters.targets import ALL_LINEAR, Everything, Matcher, Names, Overrides, Pattern, Targets
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_PATTERNS = 2048
+
+V = TypeVar("V")
 
 UNDERSTOOD = frozenset(
     {
@@ -77,16 +79,15 @@ class LoraSettings:
     rank: int
     alpha: float
     rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    ranks: Overrides[int]
+    alphas: Overrides[float]
     targets: Targets
 
     def rank_of(self, name: str) -> int:
-        return pattern_value(self.rank_pattern, name, self.rank)
+        return self.ranks.value(name, self.rank)
 
-    def scale_of(self, name: str) -> float:
-        rank = self.rank_of(name)
-        return pattern_value(self.alpha_pattern, name, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+    def scale_of(self, name: str, rank: int) -> float:
+        return self.alphas.value(name, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
 
 def parse_settings(data: bytes) -> LoraSettings:
@@ -102,8 +103,8 @@ def parse_settings(data: bytes) -> LoraSettings:
         rank=_rank(raw.get("r"), "r"),
         alpha=_number(raw.get("lora_alpha"), "lora_alpha"),
         rslora=_flag(raw.get("use_rslora"), "use_rslora"),
-        rank_pattern={k: _rank(v, "rank_pattern") for k, v in _patterns(raw, "rank_pattern").items()},
-        alpha_pattern={k: _number(v, "alpha_pattern") for k, v in _patterns(raw, "alpha_pattern").items()},
+        ranks=_overrides(raw, "rank_pattern", _rank),
+        alphas=_overrides(raw, "alpha_pattern", _number),
         targets=_targets(raw),
     )
 
@@ -141,33 +142,29 @@ def _check_init(value: Any) -> None:
 
 
 def _targets(raw: dict[str, Any]) -> Targets:
-    modules = _names(raw.get("target_modules"), "target_modules")
-    if not modules:
+    if not raw.get("target_modules"):
         raise _fault(
-            "target_modules", "expected a list of modules, a pattern or 'all-linear'", raw.get("target_modules")
+            "target_modules", "expected names of modules, a pattern or 'all-linear'", raw.get("target_modules")
         )
-    exclude = _names(raw.get("exclude_modules"), "exclude_modules")
-    return Targets(modules, exclude, _layers(raw, modules))
+    modules = _matcher(raw["target_modules"], "target_modules")
+    return Targets(modules, _matcher(raw.get("exclude_modules") or [], "exclude_modules"), _layers(raw, modules))
 
 
-def _names(value: Any, key: str) -> tuple[str, ...] | str:
-    """A pattern, or names in the order of the file."""
-    if value is None:
-        return ()
+def _matcher(value: Any, key: str) -> Matcher:
+    if value == ALL_LINEAR and key == "target_modules":
+        return Everything()
     if isinstance(value, str):
-        if value.lower() != ALL_LINEAR:
-            check_pattern(value, key)
-        return value
+        return Pattern(value, key)
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
         raise _fault(key, "expected a list of names or a pattern", value)
-    return tuple(value)
+    return Names(tuple(value))
 
 
-def _layers(raw: dict[str, Any], modules: tuple[str, ...] | str) -> frozenset[int] | None:
+def _layers(raw: dict[str, Any], modules: Matcher) -> frozenset[int] | None:
     value, pattern = raw.get("layers_to_transform"), raw.get("layers_pattern")
     if value is None or value == []:
         return None
-    if isinstance(modules, str):
+    if not isinstance(modules, Names):
         raise _fault("layers_to_transform", "PEFT takes it only together with a list of target_modules", value)
     if pattern not in (None, "", [], "layers") and not (isinstance(pattern, list) and "layers" in pattern):
         raise _fault("layers_pattern", "expected 'layers', the name of this model's list of layers", pattern)
@@ -177,15 +174,13 @@ def _layers(raw: dict[str, Any], modules: tuple[str, ...] | str) -> frozenset[in
     return frozenset(layers)
 
 
-def _patterns(raw: dict[str, Any], key: str) -> dict[str, Any]:
+def _overrides(raw: dict[str, Any], key: str, number: Callable[[Any, str], V]) -> Overrides[V]:
     value = raw.get(key) or {}
     if not isinstance(value, dict):
         raise _fault(key, "expected an object from module patterns to numbers", value)
     if len(value) > MAX_PATTERNS:
         raise invalid(f"adapter_config.json: {key}: at most {MAX_PATTERNS} patterns are read, found {len(value)}")
-    for pattern in value:
-        check_pattern(pattern, key)
-    return value
+    return Overrides.of({pattern: number(item, key) for pattern, item in value.items()}, key)
 
 
 def _rank(value: Any, key: str) -> int:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from engine.adapters.spec import invalid
-from engine.types import EngineError, ErrorCode
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -23,8 +22,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 def resolve_source(source: str, revision: str | None = None) -> Path:
     """The local folder with the adapter's files; a hub repository is fetched, or taken from the hub's cache.
 
-    Raises EngineError: ADAPTER_INVALID for a source that is refused or does not exist, ADAPTER_UNAVAILABLE where the
-    hub cannot be reached.
+    Raises EngineError (ADAPTER_INVALID) for a source that is refused or cannot be had, with the reason.
     """
     check_source(source)
     folder = _local(source)
@@ -109,6 +107,7 @@ def _exists(path: Path) -> bool:
 
 
 def _from_hub(repo: str, revision: str | None) -> Path:
+    from httpx import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -127,9 +126,9 @@ def _from_hub(repo: str, revision: str | None) -> Path:
         raise invalid(f"{asked}: neither a local folder nor a hub repository that can be seen from here") from None
     except RevisionNotFoundError:
         raise invalid(f"{asked}: the hub repository has no such revision") from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        reason = f"{asked}: no such local folder, and the hub cannot be reached ({_first_line(error)})"
-        raise EngineError(ErrorCode.ADAPTER_UNAVAILABLE, reason) from None
+    except (LocalEntryNotFoundError, HTTPError, OSError) as error:
+        reason = _first_line(error)
+        raise invalid(f"{asked}: there is no such local folder, and the hub cannot be reached ({reason})") from None
 
 
 def _first_line(error: Exception) -> str:

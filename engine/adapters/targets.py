@@ -4,39 +4,98 @@ Module names are the ones that PEFT saw in training, such as `model.layers.0.sel
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from math import prod
+from typing import Generic, TypeVar
+
+import regex
 
 from engine.adapters.spec import invalid
 
 ALL_LINEAR = "all-linear"
+MATCH_SECONDS = 0.05  # for one pattern and one name; a sane one takes microseconds
 MAX_PATTERN = 4096  # characters
-MAX_UNBOUNDED = 6  # unbounded repeats in one pattern: matching takes a power of the name's length
+MAX_EXPANDED = 200_000  # characters times counted repeats, which compiling writes out
 
 V = TypeVar("V")
 
 
+class Pattern:
+    """A regular expression from a foreign file: bounded in size and time, matched without the interpreter's lock."""
+
+    def __init__(self, text: str, key: str, *, suffix: bool = False) -> None:
+        """`suffix`: a name's last components may match alone. Raises EngineError (ADAPTER_INVALID)."""
+        self._text, self._key = text, key
+        if len(text) > MAX_PATTERN or len(text) * prod(_counts(text)) > MAX_EXPANDED:
+            raise self._fault("is too large")
+        try:
+            self._compiled = regex.compile(rf"(.*\.)?({text})$" if suffix else text)
+        except (regex.error, ValueError, OverflowError, RecursionError) as error:
+            raise self._fault(f"is no regular expression ({error})") from None
+
+    def matches(self, name: str) -> bool:
+        """Whether the whole name matches. Raises EngineError (ADAPTER_INVALID) where that takes too long."""
+        try:
+            return self._compiled.fullmatch(name, timeout=MATCH_SECONDS) is not None
+        except TimeoutError:
+            raise self._fault("takes too long to match") from None
+
+    def _fault(self, reason: str) -> Exception:
+        return invalid(f"adapter_config.json: {self._key}: the pattern {self._text[:80]!r} {reason}")
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Names that a module's name equals or ends with."""
+
+    names: tuple[str, ...]
+
+    def matches(self, name: str) -> bool:
+        return any(ends_with(name, target) for target in self.names)
+
+
+@dataclass(frozen=True, slots=True)
+class Everything:
+    """`all-linear`: all of the seven modules, in every layer."""
+
+    def matches(self, _name: str) -> bool:
+        return True
+
+
+Matcher = Names | Pattern | Everything
+
+
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """`modules` and `exclude` are names that a module's name equals or ends with, or a regular expression."""
+    """The modules that an adapter trains."""
 
-    modules: tuple[str, ...] | str
-    exclude: tuple[str, ...] | str = ()
+    modules: Matcher
+    exclude: Matcher = Names(())
     layers: frozenset[int] | None = None  # None: every layer
 
-    def __contains__(self, item: tuple[str, int]) -> bool:
+    def cover(self, name: str, layer: int) -> bool:
         """Whether the module of this name and layer is trained."""
-        name, layer = item
-        if self.exclude and names_module(self.exclude, name):
+        if self.layers is not None and layer not in self.layers:
             return False
-        return (self.layers is None or layer in self.layers) and names_module(self.modules, name)
+        return self.modules.matches(name) and not self.exclude.matches(name)
 
 
-def names_module(targets: tuple[str, ...] | str, name: str) -> bool:
-    if isinstance(targets, str):
-        return targets.lower() == ALL_LINEAR or re.fullmatch(targets, name) is not None
-    return any(ends_with(name, target) for target in targets)
+@dataclass(frozen=True, slots=True)
+class Overrides(Generic[V]):
+    """A rank_pattern or alpha_pattern: the first entry whose pattern matches a name, or its last components, counts."""
+
+    entries: tuple[tuple[Pattern, V], ...]
+    exact: Mapping[str, V]
+
+    @staticmethod
+    def of(values: Mapping[str, V], key: str) -> "Overrides[V]":
+        entries = tuple((Pattern(text, key, suffix=True), value) for text, value in values.items())
+        return Overrides(entries, dict(values))
+
+    def value(self, name: str, default: V) -> V:
+        found = (value for pattern, value in self.entries if pattern.matches(name))
+        return next(found, self.exact.get(name, default))
 
 
 def ends_with(name: str, target: str) -> bool:
@@ -44,52 +103,8 @@ def ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def pattern_value(patterns: Mapping[str, V], name: str, default: V) -> V:
-    """The value of the first pattern that matches the name or its last components."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return patterns.get(name, default)
-
-
-def check_pattern(pattern: str, key: str) -> None:
-    """Refuses what is no regular expression, and one whose matching could take for ever.
-
-    Matching holds the interpreter's lock, so a pattern from a foreign file must not be able to stop the server.
-    Raises EngineError (ADAPTER_INVALID).
-    """
-    if len(pattern) > MAX_PATTERN:
-        raise invalid(f"adapter_config.json: {key}: a pattern has more than {MAX_PATTERN} characters")
-    try:
-        re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, OverflowError, RecursionError) as error:
-        raise invalid(f"adapter_config.json: {key}: {pattern!r} is no regular expression ({error})") from None
-    if _repeats_repeat(pattern) or _unbounded(pattern) > MAX_UNBOUNDED:
-        raise invalid(f"adapter_config.json: {key}: {pattern!r} repeats too much to be matched in bounded time")
-
-
-_TOKEN = re.compile(
-    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\((?:\?[:=!]|\?<[=!]|\?P<\w+>)?|\)|\{\d*,?\d*\}|[*+?|]|.", re.DOTALL
-)
-
-
-def _repeats_repeat(pattern: str) -> bool:
-    """Whether a group that is itself repeated holds repeats or alternatives."""
-    inside = [False]  # for each open group: holds repeats or alternatives
-    closed = False  # the group that ended just now holds some
-    for token in _TOKEN.findall(pattern):
-        if token[0] in "*+{" and closed:
-            return True
-        closed = False
-        if token[0] == "(":
-            inside.append(False)
-        elif token == ")" and len(inside) > 1:
-            closed = inside.pop()
-            inside[-1] |= closed
-        elif token[0] in "*+?|{":
-            inside[-1] = True
-    return False
-
-
-def _unbounded(pattern: str) -> int:
-    return sum(token[0] in "*+" or (token[0] == "{" and token.endswith(",}")) for token in _TOKEN.findall(pattern))
+def _counts(text: str) -> Iterator[int]:
+    """The numbers in counted repeats such as {2,30}."""
+    return (
+        max(1, int(number[:9])) for part in re.findall(r"\{([\d,]*)\}", text) for number in re.findall(r"\d+", part)
+    )
