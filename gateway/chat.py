@@ -45,6 +45,7 @@ async def chat_call(gateway: Gateway, request: ChatRequest) -> Call:
         stops=StopStrings(stops) if (stops := request.stops()) else None,
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,
+        fresh=not request.continue_final_message,
     )
     shape = ChatShape(new_head("chatcmpl", model), gateway.prompts.tokenizer, logprobs=bool(request.logprobs))
     return Call(gateway, [job], shape, stream_options(request))

@@ -12,7 +12,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from gateway.errors import bad_request
+from gateway.errors import bad_request, shorten
 
 FILE_NAME = "chat_template.jinja"
 RESERVED = frozenset({"messages", "tools", "documents", "functions", "add_generation_prompt"})
@@ -57,7 +57,7 @@ class ChatTemplate:
         """
         if taken := RESERVED & set(extra or ()):
             name = f"chat_template_kwargs.{min(taken)}"
-            raise bad_request(f"{name!r} has a field of its own or is not supported.", param=name)
+            raise bad_request(f"{name!r} is not supported: it has a field of its own, or none.", param=name)
         given = [self._known_role(message) for message in messages]
         if not continue_final_message:
             return self._render(given, add_generation_prompt, extra)
@@ -80,7 +80,8 @@ class ChatTemplate:
         try:
             return self._template.render(variables, messages=messages, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # a template can fail in every way that Python can
-            raise bad_request(f"The chat template refused the messages: {error}", param="messages") from error
+            reason = f"The chat template refused the messages: {shorten(str(error))}"
+            raise bad_request(reason, param="messages") from error
 
 
 def find_source(folder: Path, config: Mapping[str, Any], given: str | None) -> str | None:

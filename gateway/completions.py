@@ -37,7 +37,7 @@ async def completion_call(gateway: Gateway, request: CompletionRequest) -> Call:
         gateway.prompts.tokenizer,
         n=request.n or 1,
         logprobs=request.logprobs is not None,
-        echoes=_echoes(gateway, request, prompts),
+        echoes=await _echoes(gateway, request, prompts),
     )
     return Call(gateway, jobs, shape, stream_options(request))
 
@@ -73,11 +73,11 @@ def _job(
     )
 
 
-def _echoes(gateway: Gateway, request: CompletionRequest, prompts: list[Prompt]) -> list[Echo]:
+async def _echoes(gateway: Gateway, request: CompletionRequest, prompts: list[Prompt]) -> list[Echo]:
     if not request.echo:
         return []
     skip = request.skip_special_tokens is not False
-    return [gateway.prompts.echo(prompt, skip_special_tokens=skip) for prompt in prompts]
+    return [await gateway.prompts.echo(prompt, skip_special_tokens=skip) for prompt in prompts]
 
 
 @dataclass(slots=True)

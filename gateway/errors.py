@@ -124,3 +124,8 @@ def quote(text: str, limit: int = QUOTE_LIMIT) -> str:
     if len(text) <= limit:
         return repr(text)
     return f"{text[:limit]!r}... ({len(text)} characters)"
+
+
+def shorten(text: str, limit: int = 400) -> str:
+    """A reason that may hold a client's own text, cut to `limit` characters."""
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -51,13 +51,16 @@ class Tokenizer:
         return cls(raw, _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json"))
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of `text`; special tokens that stand in the text are recognised either way."""
-        ids: list[int] = self._raw.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of `text`; special tokens that stand in the text are recognised either way.
+
+        The batch call, of one text, lets other threads run, which `tokenizers` does not do for the plain one.
+        """
+        ids: list[int] = self._raw.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return self._begin(ids) + ids if add_special_tokens else ids
 
     def offsets(self, text: str) -> list[int]:
         """Where in `text` each token of `encode(text, add_special_tokens=True)` begins, in characters."""
-        encoding = self._raw.encode(text, add_special_tokens=True)
+        encoding = self._raw.encode_batch([text], add_special_tokens=True)[0]
         return [0] * len(self._begin(encoding.ids)) + [start for start, _ in encoding.offsets]
 
     def _begin(self, ids: list[int]) -> list[int]:

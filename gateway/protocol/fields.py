@@ -9,13 +9,13 @@ from gateway.errors import bad_request
 from gateway.protocol.parse import not_supported
 
 MAX_CHOICES = 2048  # prompts times n of one call
-MAX_STOPS = 64
+MAX_STOPS = 32
 INT64 = 2**63
 
 Count = Annotated[int, Meta(ge=0, le=INT64 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=INT64 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=INT64 - 1)]
-Stop = Annotated[str, Meta(min_length=1, max_length=4096)]
+Stop = Annotated[str, Meta(min_length=1, max_length=512)]
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from gateway.errors import ApiError, bad_request, quote
+from gateway.errors import QUOTE_LIMIT, ApiError, bad_request, quote, shorten
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -67,9 +67,9 @@ def _locate(message: str) -> Problem:
         return Problem("unknown field", _join(path, found["field"]))
     if found := _MISSING.fullmatch(reason):
         return Problem("required field is missing", _join(path, found["field"]))
-    return Problem(reason.replace("`", ""), _join(path, "") or None)
+    return Problem(shorten(reason.replace("`", "")), _join(path, "") or None)
 
 
 def _join(path: str, field: str) -> str:
-    shown = field if len(field) <= 64 else f"{field[:64]}..."
-    return ".".join(part for part in (path.removeprefix("$").removeprefix("."), shown) if part)
+    parts = (path.removeprefix("$").removeprefix("."), shorten(field, QUOTE_LIMIT))
+    return ".".join(part for part in parts if part)

@@ -121,7 +121,8 @@ async def test_a_begin_token_that_only_the_configuration_asks_for(tmp_path: Path
     prompts = PromptEncoder.load(folder, 512)
     plain = prompts.tokenizer.encode("hello", add_special_tokens=False)
     assert (await prompts.text("hello")).ids == [1, *plain]
-    assert prompts.echo(await prompts.text("hello"), skip_special_tokens=True).offsets == [0, 0]
+    echo = await prompts.echo(await prompts.text("hello"), skip_special_tokens=True)
+    assert echo.offsets == [0, 0]
 
 
 async def test_without_a_template_a_chat_is_a_400(tmp_path: Path) -> None:
@@ -133,7 +134,9 @@ async def test_without_a_template_a_chat_is_a_400(tmp_path: Path) -> None:
 async def test_a_long_text_is_encoded_like_a_short_one(tmp_path: Path) -> None:
     prompts = PromptEncoder.load(write_folder(tmp_path), 512)
     word = prompts.tokenizer.encode("hello", add_special_tokens=False)
-    assert (await prompts.text("hello" * 10_000)).ids == word * 10_000
+    prompt = await prompts.text("hello" * 10_000)
+    assert prompt.ids == word * 10_000
+    assert (await prompts.echo(prompt, skip_special_tokens=True)).offsets == list(range(0, 50_000, 5))
 
 
 @pytest.mark.parametrize("value", [{"content": "<e>", "lstrip": False}, "<e>"])

@@ -37,7 +37,7 @@ SHARED: dict[str, list[Any]] = {
     "logit_bias": [*OBJECT, {"1": "x"}, {"1": True}, {"1": 101}],
     "seed": [*INTEGER, 2**63, -(2**63) - 1, 10**30],
     "n": [*INTEGER, 0, 129],
-    "stop": [True, 1, {}, "", [""], [1], ["x"] * 65],
+    "stop": [True, 1, {}, "", [""], [1], ["x"] * 33, "x" * 513],
     "stop_token_ids": [*LIST, [True], ["1"], [-1]],
     "min_tokens": [*INTEGER, -1],
     "ignore_eos": BOOLEAN,
@@ -130,6 +130,10 @@ def test_an_unknown_field_is_named(kind: type[SamplingFields]) -> None:
     assert error.param == "lora_path"
     assert "lora_path" in error.message
     assert len(refusal(kind, **{"x" * 5000: 1}).message) < 200
+
+
+def test_an_invalid_value_is_not_repeated_whole() -> None:
+    assert len(refusal(ChatRequest, messages=[{"role": "x" * 5000, "content": ""}]).message) < 500
 
 
 @pytest.mark.parametrize("kind", WRONG)
