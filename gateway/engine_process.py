@@ -1,0 +1,114 @@
+"""One engine process: started, connected to, and ended so that it never outlives the gateway.
+
+It runs in a session of its own, so that a Ctrl-C at the terminal reaches the gateway alone and all that it started can
+be ended with it. When the gateway is killed, the kernel kills the engine (see engine/process.py).
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from asyncio.subprocess import Process
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from engine.client import EngineClient
+from engine.config import EngineConfig
+from engine.types import EngineError, ErrorCode
+
+COMMAND = (sys.executable, "-P", "-m", "engine.process")  # -P: a folder `engine` where the user stands is not meant
+CONNECT_PAUSE = 0.02  # seconds between two attempts to connect
+SECRETS = ("LORAMUX_API_KEY", "LORAMUX_ADMIN_API_KEY")  # the engine has no use for them
+
+
+class EngineProcess:
+    """A process whose engine is ready; `client` speaks to it."""
+
+    def __init__(self, process: Process, folder: Path, client: EngineClient) -> None:
+        self.client = client
+        self._process = process
+        self._folder = folder
+
+    @classmethod
+    async def start(cls, config: EngineConfig, command: Sequence[str] = COMMAND) -> Self:
+        """Returns when the engine is ready. Cancelled or failed, it leaves no process behind.
+
+        Raises:
+            EngineError: the engine refused to start, or died on the way.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="loramux-"))  # readable by this user alone
+        path = str(folder / "engine.sock")
+        process = None
+        try:
+            process = await _spawn([*command, "--socket", path, "--config", msgspec.json.encode(config).decode()])
+            return cls(process, folder, await _connect(path, process))
+        except BaseException:
+            await _end(process, folder)
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def stop(self, seconds: float = 5.0) -> None:
+        """Asks the engine to exit, and kills it where it has not after so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.client.shutdown()
+                await self._process.wait()
+        await self.kill()
+
+    async def kill(self) -> int:
+        """Ends the process and whatever it started; returns its exit code (negative: the signal)."""
+        code = await _end(self._process, self._folder)
+        await self.client.close()
+        return code
+
+
+async def _spawn(command: Sequence[str]) -> Process:
+    return await asyncio.create_subprocess_exec(
+        *command, stdin=asyncio.subprocess.DEVNULL, env=_without_secrets(os.environ), start_new_session=True
+    )
+
+
+def _without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name not in SECRETS}
+
+
+async def _connect(path: str, process: Process) -> EngineClient:
+    exited = asyncio.create_task(process.wait())
+    try:
+        while not exited.done():
+            try:
+                return await EngineClient.connect(path)
+            except (FileNotFoundError, ConnectionRefusedError):  # it does not listen yet
+                await asyncio.wait({exited}, timeout=CONNECT_PAUSE)
+            except EngineError as error:
+                if error.code is not ErrorCode.ENGINE_DEAD:
+                    raise
+                await exited
+        reason = f"the engine process ended while it started ({_how(exited.result())}); its own messages are above"
+        raise EngineError(ErrorCode.ENGINE_DEAD, reason)
+    finally:
+        exited.cancel()
+
+
+def _how(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+async def _end(process: Process | None, folder: Path) -> int:
+    """Kills the process's whole session and clears its folder."""
+    code = 0
+    if process is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        code = await process.wait()
+    shutil.rmtree(folder, ignore_errors=True)
+    return code

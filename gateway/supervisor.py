@@ -1,0 +1,192 @@
+"""Keeps one engine running: notices that it died or hangs, and starts another with what was served.
+
+A `Gateway` belongs to one engine, so that no request meets another engine's adapter ids; `run` publishes each new one.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+import jinja2
+import msgspec
+
+from engine.client import EngineClient
+from engine.config import EngineConfig, LoraPath
+from engine.types import AdapterState, EngineError, ErrorCode
+from gateway.chat_template import TemplateMissing
+from gateway.engine_process import COMMAND, EngineProcess
+from gateway.metrics import Metrics
+from gateway.models import ModelRegistry
+from gateway.prompt import PromptEncoder
+from gateway.settings import Settings
+from gateway.state import Gateway
+from gateway.tokenizer import TokenizerError
+
+SILENCE_SECONDS = 10.0  # without a heartbeat for so long, an engine is taken for hung
+CHECK_SECONDS = 1.0
+RESTART_SECONDS = 600.0  # a restart that takes longer has failed
+LONGEST_BACKOFF = 30.0  # seconds
+STEADY_SECONDS = 60.0  # an engine that lived so long died of something new
+
+log = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """`start` once, then `run` until cancelled, then `stop`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        *,
+        command: Sequence[str] = COMMAND,
+        silence: float = SILENCE_SECONDS,
+        check: float = CHECK_SECONDS,
+    ) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._command = command
+        self._silence = silence
+        self._check = check
+        self._config = settings.engine  # what the next start is given
+        self._process: EngineProcess | None = None
+        self._prompts: PromptEncoder | None = None
+
+    async def start(self) -> Gateway:
+        """The first start.
+
+        Raises:
+            EngineError: the engine could not start, or its tokenizer or chat template cannot be read.
+        """
+        return self._adopt(await EngineProcess.start(self._config, self._command))
+
+    async def run(self, publish: Callable[[Gateway], None]) -> None:
+        """Watches the engine and replaces it as often as needed; `publish` gets each new gateway."""
+        while True:
+            process = self._running()
+            since = self._now()
+            reason = await self._until_lost(process.client)
+            self._config = restored_config(self._config, process.client)
+            code = await process.kill()
+            self._metrics.engine_lost()
+            log.error("the engine is lost: %s (exit status %d); starting it again", reason, code)
+            publish(await self._restart(quick=self._now() - since < STEADY_SECONDS))
+
+    async def stop(self) -> None:
+        """Ends the engine, whatever state it is in. What it still answers fails."""
+        if self._process is not None:
+            await self._process.stop()
+
+    async def _until_lost(self, client: EngineClient) -> str:
+        while not client.closed.is_set():
+            before = self._now()
+            await _wait(client.closed, self._check)
+            if self._now() - before > self._check + self._silence / 4:
+                continue  # this process itself stood still; what the engine sent is yet to be read
+            if client.hung:
+                return "a step hangs"
+            if (silent := self._now() - client.last_heartbeat) > self._silence:
+                return f"no sign of life for {silent:.0f} s"
+        return "its process ended"
+
+    async def _restart(self, *, quick: bool) -> Gateway:
+        delay = 1.0 if quick else 0.0
+        while True:
+            await asyncio.sleep(delay)
+            try:
+                async with asyncio.timeout(RESTART_SECONDS):
+                    gateway = self._adopt(await self._start_again())
+            except (EngineError, TimeoutError) as error:
+                delay = min(LONGEST_BACKOFF, max(1.0, delay * 2))
+                log.error("the engine could not be started again (next try in %.0f s): %s", delay, error)
+            else:
+                log.warning("the engine serves again, with %d adapters", len(gateway.client.adapters))
+                return gateway
+
+    async def _start_again(self) -> EngineProcess:
+        """Starts with all adapters; where the engine refuses that, with each that still loads."""
+        try:
+            return await EngineProcess.start(self._config, self._command)
+        except EngineError as error:
+            if error.code is ErrorCode.ENGINE_DEAD or not self._config.lora_paths:
+                raise
+            log.error("the engine refuses to start with the adapters served before: %s", error)
+        bare = msgspec.structs.replace(self._config, lora_paths=())
+        process = await EngineProcess.start(bare, self._command)
+        try:
+            for entry in self._config.lora_paths:
+                await _load(process.client, entry)
+        except BaseException:
+            await process.kill()
+            raise
+        return process
+
+    def _adopt(self, process: EngineProcess) -> Gateway:
+        """The gateway of an engine that is ready."""
+        self._process = process
+        client = process.client
+        client.on_stats = self._metrics.update
+        self._metrics.engine_started(client.model)
+        if self._prompts is None:
+            self._prompts = _load_prompts(client, self._settings)
+        return Gateway(
+            client=client,
+            registry=ModelRegistry(client),
+            prompts=self._prompts,
+            settings=self._settings,
+            metrics=self._metrics,
+        )
+
+    def _running(self) -> EngineProcess:
+        assert self._process is not None, "start() comes first"
+        return self._process
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+def restored_config(config: EngineConfig, client: EngineClient) -> EngineConfig:
+    """`config` with the adapters that `client` served, their pins, and the limits that were in force."""
+    if not client.model.enable_lora:
+        return config
+    revisions = {(entry.name, entry.path): entry.revision for entry in config.lora_paths}
+    served = [adapter for adapter in client.adapters.values() if adapter.state is not AdapterState.DRAINING]
+    return msgspec.structs.replace(
+        config,
+        enable_lora=True,
+        max_lora_rank=client.model.max_lora_rank,  # else they would be inferred from the adapters anew
+        lora_target_modules=client.model.lora_target_modules,
+        lora_paths=tuple(
+            LoraPath(name=a.name, path=a.source, pinned=a.pinned, revision=revisions.get((a.name, a.source)))
+            for a in served
+        ),
+    )
+
+
+def _load_prompts(client: EngineClient, settings: Settings) -> PromptEncoder:
+    try:
+        return PromptEncoder.load(client.model.folder, client.model.vocab_size, settings.chat_template)
+    except (TokenizerError, TemplateMissing) as error:
+        raise EngineError(ErrorCode.INVALID_REQUEST, str(error)) from error
+    except jinja2.TemplateSyntaxError as error:
+        raise EngineError(
+            ErrorCode.INVALID_REQUEST, f"the chat template is broken in line {error.lineno}: {error.message}"
+        ) from error
+
+
+async def _load(client: EngineClient, entry: LoraPath) -> None:
+    try:
+        await client.load_adapter(entry.name, entry.path, pinned=entry.pinned, revision=entry.revision)
+    except EngineError as error:
+        if error.code is ErrorCode.ENGINE_DEAD:
+            raise
+        log.error("adapter %r is not served any more: %s", entry.name, error)
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    """Until the event is set, or so long."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return
