@@ -1,0 +1,225 @@
+"""Names of adapters and what is known of each. Called by the loop for loads and unloads, by the scheduler to resolve.
+
+Each load gets an adapter_id that is never used again; a name stands for at most one adapter. An adapter's state is
+read off its facts, so no two facts can disagree with it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from engine.types import AdapterInfo, AdapterState, EngineError, ErrorCode
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sequences and tokens of one adapter, or of the base. The first four only grow."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    cached_tokens: int = 0
+    waiting: int = 0  # accepted, without a state row
+    running: int = 0  # with a state row
+
+
+@dataclass(frozen=True, slots=True)
+class Hosted:
+    """What reading an adapter's source told."""
+
+    pages: int  # chunks that its pieces fill
+    rank: int
+    modules: tuple[str, ...]
+    content: str  # hash of what was read
+
+
+@dataclass(slots=True, eq=False)
+class Adapter:
+    """One adapter. The catalogue changes its names and life, residency its places, the scheduler its tally."""
+
+    adapter_id: int
+    name: str
+    source: str
+    revision: str | None
+    pinned: bool
+    created: float  # seconds
+    rank: int = 0
+    modules: tuple[str, ...] = ()
+    pages: int = 0  # 0 while unknown
+    content: str | None = None  # hash of what was read at the first load
+    keep: bool = False  # it stays known when a load fails: listed at start, or loaded before
+    fetching: bool = False  # on its way from the source
+    on_host: bool = False
+    host_pages: int = 0  # held or reserved on the host
+    touched: int = 0  # residency's clock when last used
+    chunks: list[int] = field(default_factory=list)  # in the arena, or being copied there
+    copying: bool = False
+    idle_since: int = 0  # arena's clock when its last sequence left
+    last_step: int = 0  # the last step that refers to its chunks, told when its sequences leave
+    draining: bool = False
+    error: str | None = None  # why the last load failed
+    used_at: float | None = None  # seconds
+    started: int = 0  # unfinished sequences that hold or held KV of this adapter
+    tally: Tally = field(default_factory=Tally)
+
+    @property
+    def ready(self) -> bool:
+        """Resident: sequences of it may be planned."""
+        return bool(self.chunks) and not self.copying
+
+    @property
+    def fetchable(self) -> bool:
+        """It is wanted, only at its source, and its last load did not fail."""
+        return not (self.on_host or self.fetching or self.error)
+
+    @property
+    def open(self) -> int:
+        """Accepted sequences that have not ended."""
+        return self.tally.waiting + self.tally.running
+
+    @property
+    def state(self) -> AdapterState:
+        if self.draining:
+            return AdapterState.DRAINING
+        if self.ready:
+            return AdapterState.RESIDENT
+        if self.fetching:
+            return AdapterState.LOADING
+        if self.error is not None:
+            return AdapterState.FAILED
+        return AdapterState.HOST if self.on_host else AdapterState.COLD
+
+    def info(self, chunk_bytes: int, unix_offset: float = 0.0) -> AdapterInfo:
+        """`unix_offset` turns the clock of `now` into unix seconds."""
+        return AdapterInfo(
+            name=self.name,
+            adapter_id=self.adapter_id,
+            source=self.source,
+            state=self.state,
+            pinned=self.pinned,
+            rank=self.rank,
+            modules=self.modules,
+            bytes=self.pages * chunk_bytes,
+            requests=self.open,
+            created=self.created + unix_offset,
+            last_used=self.used_at + unix_offset if self.used_at is not None else 0.0,
+            error=self.error,
+        )
+
+
+class Catalog:
+    """Every adapter the server knows, by name and by adapter_id."""
+
+    def __init__(self, *, enabled: bool = True, first_id: int = 1) -> None:
+        self.enabled = enabled
+        self._by_name: dict[str, Adapter] = {}
+        self._by_id: dict[int, Adapter] = {}
+        self._next_id = first_id
+
+    def __iter__(self) -> Iterator[Adapter]:
+        return iter(self._by_name.values())
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def add(
+        self, name: str, source: str, *, revision: str | None = None, pinned: bool = False, now: float = 0.0
+    ) -> Adapter:
+        """Lists an adapter of --lora-paths, cold: it is loaded when named. Raises EngineError if the name is taken."""
+        self._refuse_taken(name)
+        adapter = self._new(name, source, revision, pinned, now)
+        adapter.keep = True
+        return adapter
+
+    def begin_load(
+        self, name: str, source: str, *, revision: str | None = None, pinned: bool = False, now: float = 0.0
+    ) -> tuple[Adapter, bool]:
+        """(the adapter, whether the caller is to read its source).
+
+        False: the very same load runs already and its outcome answers both. Raises EngineError where LoRA is off or
+        the name is taken; a failed adapter gives its name away.
+        """
+        if not self.enabled:
+            raise EngineError(ErrorCode.LORA_DISABLED, "this server was started without --enable-lora")
+        old = self._by_name.get(name)
+        if old is not None and _first_load(old) and _same(old, source, revision, pinned):
+            return old, False
+        if old is not None and old.state is AdapterState.FAILED and not old.open and not old.host_pages:
+            self.remove(old)
+        self._refuse_taken(name)
+        adapter = self._new(name, source, revision, pinned, now)
+        adapter.fetching = True
+        return adapter, True
+
+    def get(self, adapter_id: int) -> Adapter:
+        """Raises EngineError for an id that is not or no longer known."""
+        adapter = self._by_id.get(adapter_id)
+        if adapter is None:
+            raise EngineError(ErrorCode.ADAPTER_NOT_FOUND, f"adapter_id {adapter_id} is not loaded any more")
+        return adapter
+
+    def find(self, adapter_id: int) -> Adapter | None:
+        return self._by_id.get(adapter_id)
+
+    def named(self, name: str) -> Adapter:
+        """Raises EngineError for an unknown name."""
+        adapter = self._by_name.get(name)
+        if adapter is None:
+            raise EngineError(ErrorCode.ADAPTER_NOT_FOUND, f"adapter '{name}' is not loaded")
+        return adapter
+
+    def for_request(self, adapter_id: int) -> Adapter:
+        """The adapter a new request may use; raises EngineError for a stale id and while it is being unloaded."""
+        adapter = self.get(adapter_id)
+        if adapter.draining:
+            raise EngineError(ErrorCode.ADAPTER_NOT_FOUND, f"adapter '{adapter.name}' is being unloaded")
+        return adapter
+
+    def begin_unload(self, name: str) -> Adapter:
+        """New requests are refused from now on; raises EngineError for an unknown name or a second unload."""
+        adapter = self.named(name)
+        if adapter.draining:
+            raise EngineError(ErrorCode.ADAPTER_NOT_FOUND, f"adapter '{name}' is being unloaded already")
+        adapter.draining = True
+        return adapter
+
+    def renew(self, adapter: Adapter) -> None:
+        """The source has changed: the name goes on under a fresh adapter_id, so nothing of the old one is met again."""
+        del self._by_id[adapter.adapter_id]
+        adapter.adapter_id = self._fresh_id()
+        self._by_id[adapter.adapter_id] = adapter
+
+    def remove(self, adapter: Adapter) -> None:
+        del self._by_name[adapter.name]
+        del self._by_id[adapter.adapter_id]
+
+    def check(self) -> None:
+        """Raises AssertionError unless both tables tell of the same adapters."""
+        assert {a.adapter_id: a for a in self._by_name.values()} == self._by_id
+        assert all(name == adapter.name for name, adapter in self._by_name.items())
+        assert all(adapter_id < self._next_id for adapter_id in self._by_id)
+
+    def _new(self, name: str, source: str, revision: str | None, pinned: bool, now: float) -> Adapter:
+        adapter = Adapter(self._fresh_id(), name, source, revision, pinned, now)
+        self._by_name[name] = self._by_id[adapter.adapter_id] = adapter
+        return adapter
+
+    def _fresh_id(self) -> int:
+        self._next_id += 1
+        return self._next_id - 1
+
+    def _refuse_taken(self, name: str) -> None:
+        old = self._by_name.get(name)
+        if old is None:
+            return
+        doing = {AdapterState.DRAINING: "being unloaded", AdapterState.LOADING: "being loaded already"}
+        raise EngineError(
+            ErrorCode.ADAPTER_EXISTS, f"adapter '{name}' is {doing.get(old.state, 'loaded already; unload it first')}"
+        )
+
+
+def _first_load(adapter: Adapter) -> bool:
+    return adapter.fetching and adapter.content is None and not adapter.keep and not adapter.draining
+
+
+def _same(adapter: Adapter, source: str, revision: str | None, pinned: bool) -> bool:
+    return (adapter.source, adapter.revision, adapter.pinned) == (source, revision, pinned)

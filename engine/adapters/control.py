@@ -1,0 +1,216 @@
+"""Loads, unloads and pins as they pass through catalogue, residency and queue. Called by the loop and its loader.
+
+It decides and accounts; reading sources, host pages and copies to the device are the caller's, told here when done.
+"""
+
+from collections.abc import Iterable
+
+from engine.adapters.catalog import Adapter, Catalog, Hosted
+from engine.adapters.residency import Residency
+from engine.blocks import Chain, chain_seed
+from engine.messages import RequestFailed
+from engine.roster import Roster
+from engine.stats import Recorder
+from engine.types import AdapterInfo, EngineError, ErrorCode
+
+
+class AdapterControl:
+    """Every method is quick and runs on the loop's thread. Those that return `RequestFailed` ended these requests."""
+
+    def __init__(
+        self, catalog: Catalog, residency: Residency, roster: Roster, recorder: Recorder,
+        *, max_wanted: int, block_tokens: int, chunk_bytes: int, unix_offset: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.catalog = catalog
+        self._residency = residency
+        self._roster = roster
+        self._recorder = recorder
+        self._max_wanted = max_wanted
+        self._block_tokens = block_tokens
+        self._chunk_bytes = chunk_bytes
+        self._unix_offset = unix_offset
+        self._copies: dict[int, float] = {}  # adapter_id -> when the copy to the device was planned
+
+    # What is known
+
+    def info(self, name: str) -> AdapterInfo:
+        """Raises EngineError for an unknown name."""
+        return self._info(self.catalog.named(name))
+
+    def find(self, adapter_id: int) -> AdapterInfo | None:
+        """None once it is gone."""
+        adapter = self.catalog.find(adapter_id)
+        return None if adapter is None else self._info(adapter)
+
+    def infos(self) -> list[AdapterInfo]:
+        return [self._info(adapter) for adapter in self.catalog]
+
+    @property
+    def pinned(self) -> list[Adapter]:
+        return [adapter for adapter in self.catalog if adapter.pinned]
+
+    # From the source to the host
+
+    def list_cold(
+        self, name: str, source: str, *, revision: str | None = None, pinned: bool = False, now: float = 0.0
+    ) -> AdapterInfo:
+        """Lists an adapter of --lora-paths that is read when it is named, or at once when it is pinned."""
+        adapter = self.catalog.add(name, source, revision=revision, pinned=pinned, now=now)
+        self._check_new_pin(adapter)
+        return self._info(adapter)
+
+    def begin_load(
+        self, name: str, source: str, *, revision: str | None = None, pinned: bool = False, now: float = 0.0
+    ) -> tuple[AdapterInfo, bool]:
+        """(the adapter, LOADING; whether the caller is to read it). False: the same load runs already, wait for it.
+
+        Raises EngineError: LoRA is off, the name is taken, too many pins.
+        """
+        adapter, ours = self.catalog.begin_load(name, source, revision=revision, pinned=pinned, now=now)
+        if ours:
+            self._check_new_pin(adapter)
+        return self._info(adapter), ours
+
+    def take_fetches(self) -> list[int]:
+        """adapter_ids to read from their source now, LOADING from here on until host_done, _failed or _postponed.
+
+        Pinned ones first, then those that waiting sequences want, in queue order, as far as the host can take them.
+        """
+        heads = self._roster.queue.heads(self._max_wanted)
+        wanted = [*self.pinned, *(head.adapter for head in heads if head.adapter)]
+        fetches: list[int] = []
+        for adapter in wanted:
+            if adapter.fetchable and self._may_fetch(adapter):
+                adapter.fetching = True
+                fetches.append(adapter.adapter_id)
+        return fetches
+
+    def make_host_room(self, adapter_id: int, pages: int) -> list[int]:
+        """Reserves host pages for an adapter being read; the adapter_ids whose pages the caller must drop.
+
+        Raises HostFullError when there is no room now (postpone a fetch, fail a load), EngineError when there never
+        is or the pin is against the rules.
+        """
+        adapter = self.catalog.get(adapter_id)
+        adapter.pages = pages
+        if adapter.pinned:
+            self._residency.check_pin(adapter, self.catalog)
+        victims = self._residency.make_host_room(adapter, pages, self._roster.queue.wanted_before(adapter))
+        return [victim.adapter_id for victim in victims]
+
+    def host_done(self, adapter_id: int, hosted: Hosted) -> int:
+        """The adapter's pages are filled. Returns its adapter_id from now on: a fresh one if its source changed."""
+        adapter = self.catalog.get(adapter_id)
+        if adapter.content not in (None, hosted.content):
+            self._renew(adapter)
+        self._residency.hosted(adapter, hosted)
+        return adapter.adapter_id
+
+    def host_failed(self, adapter_id: int, reason: str) -> list[RequestFailed]:
+        """Reading failed. A first load leaves no trace; an adapter known before is FAILED until named again."""
+        adapter = self.catalog.get(adapter_id)
+        adapter.fetching, adapter.error = False, reason
+        self._residency.unhost(adapter)
+        failed = self._fail_requests(adapter, f"adapter '{adapter.name}' could not be loaded: {reason}")
+        if not adapter.keep:
+            self.catalog.remove(adapter)
+        return failed
+
+    def host_postponed(self, adapter_id: int) -> None:
+        """A fetch met a full host: it is fetched again when something may leave."""
+        adapter = self.catalog.get(adapter_id)
+        adapter.fetching = False
+        self._residency.unhost(adapter)
+
+    # From the host to the arena
+
+    def copy_planned(self, adapter_ids: Iterable[int], now: float) -> None:
+        """A plan carries these loads."""
+        self._copies.update((adapter_id, now) for adapter_id in adapter_ids)
+
+    def load_done(self, adapter_id: int, now: float) -> None:
+        """The copy into the arena has finished: the adapter is RESIDENT."""
+        self._residency.placed(self.catalog.get(adapter_id))
+        self._recorder.load("device", "ok", now - self._copies.pop(adapter_id))
+
+    def load_failed(self, adapter_id: int, reason: str, now: float) -> list[RequestFailed]:
+        """The copy failed: its chunks are free again, and it is copied anew when named."""
+        adapter = self.catalog.get(adapter_id)
+        self._recorder.load("device", "failed", now - self._copies.pop(adapter_id))
+        self._residency.evict(adapter, "failed")
+        adapter.error = reason
+        return self._fail_requests(adapter, f"adapter '{adapter.name}' could not be copied to the device: {reason}")
+
+    # Unloads
+
+    def begin_unload(self, name: str) -> int:
+        """DRAINING: new requests are refused, accepted ones end. Raises EngineError for an unknown name."""
+        return self.catalog.begin_unload(name).adapter_id
+
+    def drained(self, name: str) -> bool:
+        """Whether nothing refers to the adapter any more: no sequence, load, copy or uncommitted step."""
+        adapter = self.catalog.named(name)
+        return not (adapter.open or adapter.fetching or adapter.copying or self._residency.in_flight(adapter))
+
+    def fail_requests(self, name: str, reason: str) -> list[RequestFailed]:
+        """Ends what still uses the adapter, for a drain that timed out."""
+        return self._fail_requests(self.catalog.named(name), reason)
+
+    def finish_unload(self, name: str) -> int:
+        """Frees a drained adapter on every tier; the caller drops the host pages of the adapter_id returned."""
+        assert self.drained(name)
+        adapter = self.catalog.named(name)
+        if adapter.chunks:
+            self._residency.evict(adapter, "unload")
+        self._residency.unhost(adapter)
+        self.catalog.remove(adapter)
+        return adapter.adapter_id
+
+    # Pins
+
+    def pin(self, name: str) -> AdapterInfo:
+        """It gets chunks as soon as possible and keeps them. Raises EngineError: too many pins, or too large ones."""
+        adapter = self.catalog.named(name)
+        if adapter.draining:
+            raise EngineError(ErrorCode.ADAPTER_NOT_FOUND, f"adapter '{name}' is being unloaded")
+        self._residency.check_pin(adapter, self.catalog)
+        adapter.pinned = True
+        return self._info(adapter)
+
+    def unpin(self, name: str) -> AdapterInfo:
+        adapter = self.catalog.named(name)
+        adapter.pinned = False
+        return self._info(adapter)
+
+    def _info(self, adapter: Adapter) -> AdapterInfo:
+        return adapter.info(self._chunk_bytes, self._unix_offset)
+
+    def _check_new_pin(self, adapter: Adapter) -> None:
+        if not adapter.pinned:
+            return
+        try:
+            self._residency.check_pin(adapter, self.catalog)
+        except EngineError:
+            self.catalog.remove(adapter)
+            raise
+
+    def _may_fetch(self, adapter: Adapter) -> bool:
+        unplaced = sum(other.fetching and not other.host_pages for other in self.catalog)
+        return self._residency.may_fetch(adapter, unplaced, self._roster.queue.wanted_before(adapter))
+
+    def _renew(self, adapter: Adapter) -> None:
+        old = adapter.adapter_id
+        self.catalog.renew(adapter)
+        self._residency.rename(adapter, old)
+        for sequence in self._roster.sequences(adapter):
+            assert not sequence.started, "an adapter changed under a sequence"
+            seed = chain_seed(adapter.adapter_id, sequence.request.submit.salt)
+            sequence.chain = Chain(seed, self._block_tokens)
+
+    def _fail_requests(self, adapter: Adapter, message: str) -> list[RequestFailed]:
+        requests = [request for request in self._roster.requests.values() if request.adapter is adapter]
+        self._recorder.add("failed", len(requests))
+        return [
+            RequestFailed(request_id=request_id, code=ErrorCode.ADAPTER_UNAVAILABLE, message=message)
+            for request_id in self._roster.end_requests(requests)
+        ]

@@ -1,0 +1,316 @@
+"""Builds one step's plan: decodes, then prompts under way, then loads, then admissions. Called by the scheduler.
+
+A sequence is in a plan only if its adapter is resident and stands in a slot. Whoever waits for an adapter, a slot or
+a step to commit is passed over; memory alone stops the queue, so that long prompts are not starved by short ones.
+"""
+
+import enum
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from engine.adapters.catalog import Adapter
+from engine.adapters.residency import Residency
+from engine.arena import Arena
+from engine.blocks import Blocks
+from engine.memory import Memory
+from engine.plan import AdapterLoad, Admission, SequenceStep, StepPlan
+from engine.roster import Roster
+from engine.sequence import Sequence, SequenceState
+from engine.slots import Slots
+from engine.stats import Recorder
+
+
+@dataclass(frozen=True, slots=True)
+class PlanLimits:
+    """What bounds a step."""
+
+    step_tokens: int
+    chunking: bool  # a prompt may be computed in several steps
+    max_wanted: int  # waiting adapters, in queue order, that are loaded ahead of a slot
+    patience: int  # admissions that may pass a sequence before a slot or memory is reserved for it
+
+
+class Verdict(enum.Enum):
+    """What became of the queue's head."""
+
+    ADMITTED = "admitted"
+    NOT_RESIDENT = "not_resident"
+    NO_SLOT = "no_slot"
+    STOP = "stop"
+
+
+@dataclass(slots=True)
+class Draft:
+    """A plan in the making."""
+
+    step: int
+    budget: int  # tokens left
+    rows: list[tuple[int, bool, int, SequenceStep, Sequence]] = field(default_factory=list)
+    loads: list[AdapterLoad] = field(default_factory=list)
+    admissions: list[Admission] = field(default_factory=list)
+    tight: bool = False  # a running sequence found no block: nothing new is started
+    starved: set[int] = field(default_factory=set)  # adapter_ids whose load found no memory
+    passed: list[Sequence] = field(default_factory=list)  # heads passed over for a slot or for their load's memory
+    skips: dict[str, int] = field(default_factory=dict)
+    reserved: int | None = None  # adapter_id that gets no further sequences, so that its slot drains
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A plan that has not committed, with its sequences as they were."""
+
+    plan: StepPlan
+    sequences: list[tuple[Sequence, int]]  # aligned with the plan's; the admission each row belongs to
+
+
+class Planner:
+    """Decides; holds nothing but the adapter whose slot it lets drain."""
+
+    def __init__(
+        self,
+        limits: PlanLimits,
+        arena: Arena,
+        blocks: Blocks,
+        memory: Memory,
+        residency: Residency,
+        slots: Slots,
+        roster: Roster,
+        recorder: Recorder,
+    ) -> None:
+        self._limits = limits
+        self._arena = arena
+        self._blocks = blocks
+        self._memory = memory
+        self._residency = residency
+        self._slots = slots
+        self._roster = roster
+        self._count = recorder.counters
+        self._recorder = recorder
+        self._draining: int | None = None
+
+    def plan(self, pinned: Collection[Adapter], now: float) -> Flight | None:
+        """The next step, or None when there is nothing to do; `pinned` adapters are loaded before all others."""
+        draft = Draft(self._arena.planned + 1, self._limits.step_tokens)
+        prompts = self._decode(draft)
+        for sequence in prompts:
+            self._continue_prompt(draft, sequence)
+        if not draft.tight:
+            self._load(draft, pinned)
+            self._admit(draft, now)
+        return self._issue(draft)
+
+    # Running sequences
+
+    def _decode(self, draft: Draft) -> list[Sequence]:
+        """Plans one token for every running sequence that can have one; returns those still in their prompt."""
+        prompts = []
+        block_tokens = self._blocks.block_tokens
+        for sequence in list(self._roster.running.values()):
+            if sequence.state is not SequenceState.RUNNING:
+                continue
+            remaining = sequence.remaining
+            if remaining > 1:
+                prompts.append(sequence)
+            elif remaining and (sequence.planned < len(sequence.blocks) * block_tokens or self._grow(draft, sequence)):
+                self._row(draft, sequence, 1)
+        return prompts
+
+    def _continue_prompt(self, draft: Draft, sequence: Sequence) -> None:
+        length = min(sequence.remaining, draft.budget)
+        if sequence.state is SequenceState.RUNNING and length > 0:
+            self._row(draft, sequence, length)
+
+    def _grow(self, draft: Draft, sequence: Sequence) -> bool:
+        """One more block; where none can be had, the latest admitted is preempted, or the row waits for a commit."""
+        while not self._memory.obtain(1):
+            draft.tight = True
+            if self._memory.soon() or not self._preempt_latest():
+                return False
+            if sequence.state is not SequenceState.RUNNING:
+                return False
+        sequence.blocks += self._blocks.allocate(1)
+        return True
+
+    def _preempt_latest(self) -> bool:
+        running = self._roster.running
+        if len(running) == 1:
+            return False
+        self._roster.preempt(running[next(reversed(running))])
+        self._count["preemptions"] += 1
+        return True
+
+    # Loads
+
+    def _load(self, draft: Draft, pinned: Collection[Adapter]) -> None:
+        """Starts copies: pinned adapters, then those wanted first in the queue, none at the cost of an earlier one."""
+        wanted = [*pinned, *(s.adapter for s in self._roster.queue.heads(self._limits.max_wanted) if s.adapter)]
+        earlier: set[int] = set()
+        for adapter in wanted:
+            earlier.add(adapter.adapter_id)
+            if adapter.on_host and not adapter.chunks and not self._start_copy(draft, adapter, earlier):
+                draft.starved.add(adapter.adapter_id)
+
+    def _start_copy(self, draft: Draft, adapter: Adapter, protect: Collection[int]) -> bool:
+        if not self._memory.obtain(adapter.pages, protect):
+            return False
+        draft.loads.append(self._residency.place(adapter))
+        return True
+
+    # Admissions
+
+    def _admit(self, draft: Draft, now: float) -> None:
+        scan = self._roster.queue.scan()
+        earlier: set[int] = set()
+        while draft.budget > 0 and self._roster.free_rows and (sequence := scan.head):
+            match self._judge(draft, sequence):
+                case Verdict.STOP:
+                    break
+                case Verdict.ADMITTED:
+                    if not self._start(draft, sequence, earlier):
+                        break
+                    scan.take()
+                    self._begin(draft, sequence, now)
+                case reason:
+                    if sequence.adapter is not None:
+                        earlier.add(sequence.adapter.adapter_id)
+                    draft.skips[reason.value] = draft.skips.get(reason.value, 0) + scan.skip_adapter()
+
+    def _judge(self, draft: Draft, sequence: Sequence) -> Verdict:
+        """Whether the head may be admitted as far as its adapter is concerned."""
+        if sequence.last_step > self._arena.committed:
+            return Verdict.STOP  # preempted, and its last step is still under way
+        adapter = sequence.adapter
+        if adapter is None:
+            return Verdict.ADMITTED
+        if not adapter.ready:
+            return self._judge_absent(draft, sequence, adapter)
+        if not self._slots.available(adapter.adapter_id):
+            draft.passed.append(sequence)
+            if sequence.overtaken >= self._limits.patience:
+                draft.reserved = self._reserve_slot()
+            return Verdict.NO_SLOT
+        return Verdict.NO_SLOT if adapter.adapter_id == draft.reserved else Verdict.ADMITTED
+
+    def _judge_absent(self, draft: Draft, sequence: Sequence, adapter: Adapter) -> Verdict:
+        if adapter.adapter_id in draft.starved:
+            draft.passed.append(sequence)
+            if sequence.overtaken >= self._limits.patience:
+                return Verdict.STOP  # what is freed from now on is its
+        return Verdict.NOT_RESIDENT
+
+    def _reserve_slot(self) -> int:
+        if self._draining not in self._slots.held:
+            self._draining = self._slots.drains_soonest()
+            self._count["slot_reservations"] += 1
+        return self._draining
+
+    def _start(self, draft: Draft, sequence: Sequence, earlier: Collection[int]) -> bool:
+        """Gives the sequence blocks for all its tokens; False, with nothing changed, where there is no room for it."""
+        forked = bool(sequence.blocks)
+        kept = sequence.blocks if forked else self._find_prefix(sequence)
+        cached = len(kept) * self._blocks.block_tokens
+        if not self._limits.chunking and len(sequence.tokens) - cached > draft.budget:
+            return False
+        self._memory.forks.pop(sequence.sequence_id, None)
+        if not forked:
+            self._blocks.hold(kept)
+        need = self._blocks.blocks_for(len(sequence.tokens)) - len(kept)
+        own = () if sequence.adapter is None else (sequence.adapter.adapter_id,)
+        if not self._memory.obtain(need, {*earlier, *own}, spare=-(-len(self._roster.running) // 4)):
+            self._put_back(sequence, kept, forked)
+            return False
+        self._roster.admit(sequence, kept + self._blocks.allocate(need), cached)
+        return True
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """Cached blocks of its tokens; at least the last token is always computed."""
+        if sequence.wants_prompt_logprobs:
+            return []
+        return self._blocks.lookup(sequence.chain, sequence.tokens, len(sequence.tokens) - 1)
+
+    def _put_back(self, sequence: Sequence, kept: list[int], forked: bool) -> None:
+        if forked:
+            self._memory.forks[sequence.sequence_id] = sequence
+        else:
+            self._blocks.drop(kept, 0)
+
+    def _begin(self, draft: Draft, sequence: Sequence, now: float) -> None:
+        """The admitted sequence's first row."""
+        self._note_admission(sequence, now)
+        draft.admissions.append(
+            Admission(
+                row=sequence.row,
+                sequence_id=sequence.sequence_id,
+                tokens=tuple(sequence.tokens),
+                prompt_length=sequence.prompt_length,
+                choice=sequence.choice,
+                params=sequence.params,
+            )
+        )
+        for passed in draft.passed:
+            passed.overtaken += 1
+        self._row(draft, sequence, min(sequence.remaining, draft.budget))
+
+    def _note_admission(self, sequence: Sequence, now: float) -> None:
+        self._count["prefix_query_tokens"] += len(sequence.tokens)
+        self._count["prefix_hit_tokens"] += sequence.planned
+        if sequence.admission > 1:
+            self._count["resumptions"] += 1
+            return
+        request = sequence.request
+        if not request.prompt_done:
+            request.cached_tokens = sequence.planned
+            self._recorder.queued(now - request.submitted)
+        self._roster.tally(sequence.adapter).cached_tokens += sequence.planned
+
+    # The plan
+
+    def _row(self, draft: Draft, sequence: Sequence, length: int) -> None:
+        start, blocks, told = sequence.planned, sequence.blocks, sequence.told_blocks
+        end, params = start + length, sequence.params
+        sample = params.max_tokens > 0 and end == len(sequence.tokens) + sequence.pending
+        row = SequenceStep(
+            row=sequence.row,
+            sequence_id=sequence.sequence_id,
+            slot=sequence.slot,
+            start=start,
+            length=length,
+            tokens=tuple(sequence.tokens[start:end]),
+            first_new_block=told,
+            new_blocks=tuple(blocks[told:]),
+            sample=sample,
+            output_index=sequence.outputs,
+            ban_stops=sequence.outputs < params.min_tokens,
+            prompt_logprobs=sequence.wants_prompt_logprobs and start < sequence.prompt_length,
+        )
+        sequence.planned = end
+        sequence.told_blocks = len(blocks)
+        sequence.pending += sample
+        sequence.outputs += sample
+        sequence.last_step = draft.step
+        draft.budget -= length
+        order = sequence.slot if sequence.slot >= 0 else 1 << 30  # the base last
+        draft.rows.append((order, length > 1, sequence.row, row, sequence))
+
+    def _issue(self, draft: Draft) -> Flight | None:
+        if not draft.rows and not draft.loads:
+            return None
+        draft.rows.sort(key=lambda row: row[:3])
+        self._arena.planned = draft.step
+        if draft.rows:
+            self._note_step(draft)
+        plan = StepPlan(
+            step=draft.step,
+            slots=self._slots.table,
+            loads=tuple(draft.loads),
+            admissions=tuple(draft.admissions),
+            sequences=tuple(row[3] for row in draft.rows),
+        )
+        return Flight(plan, [(row[4], row[4].admission) for row in draft.rows])
+
+    def _note_step(self, draft: Draft) -> None:
+        decodes = {order for order, prompt, *_ in draft.rows if not prompt}
+        self._count["mixed_adapter_steps"] += len(decodes) > 1
+        self._count["mixed_steps"] += bool(decodes) and any(row[1] for row in draft.rows)
+        for reason, count in draft.skips.items():
+            self._count[f"skips_{reason}"] += count
