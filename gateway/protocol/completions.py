@@ -36,7 +36,7 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
             return [self.prompt]
         kinds = {type(item) for item in self.prompt}
         if len(kinds) != 1:
-            reason = "a list must hold only texts, only token ids, or only lists of token ids" if kinds else "must not be empty"
+            reason = "must hold only texts, only token ids, or only lists of ids" if kinds else "must not be empty"
             raise bad_request(f"'prompt': {reason}.", param="prompt")
         if kinds == {int}:
             return [[item for item in self.prompt if isinstance(item, int)]]
