@@ -1,0 +1,105 @@
+"""What launchers share: sizes of grids and tiles, from static shapes alone so that captured graphs stay valid."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.lora_meta import LoraBounds, split_bound
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the device that a launch goes to; the CPU (Triton's interpreter) counts as 4."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuse arguments that a kernel would read wrongly."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_rows(*tensors: Tensor) -> None:
+    """Each tensor is of a supported dtype and its last dimension is contiguous."""
+    for tensor in tensors:
+        require(tensor.dtype in DTYPES, f"dtype {tensor.dtype} is not supported")
+        require(tensor.stride(-1) == 1, "the last dimension must be contiguous")
+
+
+@dataclass(frozen=True, slots=True)
+class ShrinkTiles:
+    """merged: one program computes all modules of its rows, so that x is read once."""
+
+    inner: int
+    splits: int
+    merged: bool
+    warps: int
+    stages: int
+
+
+def shrink_tiles(bounds: LoraBounds, modules: int, itemsize: int) -> ShrinkTiles:
+    """Small tiles split the inner dimension to have enough programs; large ones read x once for all modules."""
+    narrow = 2 if itemsize == 4 else 1
+    if bounds.tile == 16:
+        return ShrinkTiles(256 // narrow, split_bound(bounds), False, 4, 3)
+    return ShrinkTiles(64 // narrow, 1, modules > 1, 4, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandTiles:
+    columns: int
+    warps: int
+
+
+def expand_tiles(bounds: LoraBounds, itemsize: int) -> ExpandTiles:
+    return ExpandTiles(256 if bounds.tile == 16 else 128, 4 if bounds.tile <= 64 else 8)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTiles:
+    """rows: query rows (tokens times heads of one KV head) of a program; keys: keys read at a time."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def prefill_tiles(head_dim: int, itemsize: int) -> AttentionTiles:
+    """Query and key tiles that fit the shared memory of one multiprocessor."""
+    if itemsize == 4:
+        return AttentionTiles(64 if head_dim <= 128 else 32, 32 if head_dim <= 128 else 16, 4, 1)
+    if head_dim <= 128:
+        return AttentionTiles(128, 64, 8, 3)
+    return AttentionTiles(64, 64, 4, 2)
+
+
+def decode_tiles(group: int, head_dim: int, itemsize: int) -> AttentionTiles:
+    rows = max(16, power_of_two(group))
+    if itemsize == 4:
+        return AttentionTiles(rows, 32, 4, 2)
+    return AttentionTiles(rows, 64, 4, 3 if head_dim <= 128 else 2)
+
+
+def q_tile(heads: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
+    """Tokens of one prefill item: what its program's rows hold of whole GQA groups.
+
+    Raises ValueError where one token's group does not fit.
+    """
+    group = heads // kv_heads
+    tile = prefill_tiles(head_dim, itemsize).rows // group
+    require(tile >= 1 and heads == group * kv_heads, f"{heads} heads over {kv_heads} KV heads are not supported")
+    return tile

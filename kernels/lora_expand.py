@@ -1,0 +1,130 @@
+"""Expand: what shrink left, times every row's own adapter's B, into a delta or added to the base product."""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import cdiv, expand_tiles, multiprocessors, require, require_rows, shrink_tiles
+from kernels.layout import piece_unit
+from kernels.lora_meta import ITEM_INTS, LORA_ITEMS, LORA_MODULES, LoraMeta
+
+PROGRAMS_EACH = 8  # programs a multiprocessor; units of work beyond that are taken in turns
+
+
+@triton.jit(do_not_specialize=["first"])
+def _expand(
+    y,
+    arena,
+    z,
+    counts,
+    items,
+    desc,
+    first,
+    y_stride,
+    desc_stride,
+    blocks,
+    z_split,
+    max_rank,
+    out0,
+    out1,
+    out2,
+    modules: tl.constexpr,
+    UNIT: tl.constexpr,
+    ITEMS: tl.constexpr,
+    ITEM_INTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """One unit: BM rows of one item, BN output columns of one module, every rank."""
+    i = tl.arange(0, BM)
+    o = tl.arange(0, BN)
+    r = tl.arange(0, 16)
+    tiles0 = tl.cdiv(out0, BN)
+    tiles1 = tiles0 + tl.cdiv(out1, BN)
+    tiles = tiles1 + tl.cdiv(out2, BN)
+    total = tl.load(counts + ITEMS) * tiles
+    for index in range(tl.program_id(0), total, tl.num_programs(0)):
+        item = index // tiles
+        tile = index % tiles
+        module = (tile >= tiles0).to(tl.int32) + (tile >= tiles1).to(tl.int32)
+        column = (tile - tl.where(module == 0, 0, tl.where(module == 1, tiles0, tiles1))) * BN + o
+        size = tl.where(module == 0, out0, tl.where(module == 1, out1, out2))
+        base = tl.where(module == 0, 0, tl.where(module == 1, out0, out0 + out1))
+        entry = desc + tl.cast(item, tl.int64) * desc_stride + (first + module) * (1 + blocks)
+        rank = tl.load(entry)
+        offset = tl.load(entry + 1)
+        rows = tl.load(items + item * ITEM_INTS + 1)
+        row = tl.load(items + item * ITEM_INTS).to(tl.int64) + i
+        zz = z + row[:, None] * (modules * max_rank) + module * max_rank + r[None, :]
+        acc = tl.zeros([BM, BN], tl.float32)
+        for block in range(tl.cdiv(rank, 16)):
+            width = tl.multiple_of(tl.minimum(rank - block * 16, 16), 8)
+            b = arena + offset.to(tl.int64) * UNIT + column[:, None] * width + r[None, :]
+            bb = tl.load(b, mask=(column < size)[:, None] & (r < width)[None, :], other=0.0)
+            offset = tl.load(entry + 2 + block, mask=block + 1 < blocks, other=0)
+            part = tl.zeros([BM, 16], tl.float32)
+            for split in tl.static_range(SPLITS):
+                part += tl.load(zz + block * 16 + split * z_split, mask=(i < rows)[:, None], other=0.0)
+            acc = tl.dot(part.to(bb.dtype), tl.trans(bb), acc, input_precision="ieee")
+        out = y + row[:, None] * y_stride + (base + column)[None, :]
+        mask = (i < rows)[:, None] & (column < size)[None, :]
+        if ADD:
+            if rank > 0:
+                acc += tl.load(out, mask=mask, other=0.0).to(tl.float32)
+                tl.store(out, acc.to(y.dtype.element_ty), mask=mask)
+        else:
+            tl.store(out, acc.to(y.dtype.element_ty), mask=mask)
+
+
+def lora_expand(
+    y: Tensor,
+    arena: Tensor,
+    meta: LoraMeta,
+    layer: int,
+    first_module: int,
+    features: tuple[int, ...],
+    *,
+    add: bool,
+) -> None:
+    """Finish the product that lora_shrink of the same modules began in meta.z.
+
+    y: [tokens, sum(features)], rows contiguous, in the arena's dtype: the base product (add) or a delta buffer, whose
+    rows of adapters are all written (zeros for a module without an adapter) and whose rows of the base are not: the
+    op that adds a delta reads counts[LORA_ROWS] of its rows.
+
+    Semantics: y[t, first[m] + o] (+)= sum_r z[t, m, r] * B[s, layer, m][o, r] for row t in an item of slot s.
+    """
+    require_rows(y)
+    require(y.dtype == arena.dtype, "y and the arena differ in dtype")
+    require(y.shape[1] == sum(features) and len(features) <= 3, "y's columns are not those of the modules")
+    out = (*features, 0, 0)[:3]
+    tiles = expand_tiles(meta.bounds, y.element_size())
+    programs = meta.bounds.items * sum(cdiv(size, tiles.columns) for size in features)
+    _expand[(min(programs, PROGRAMS_EACH * multiprocessors(y.device)),)](
+        y,
+        arena,
+        meta.z,
+        meta.counts,
+        meta.items,
+        meta.expand_desc,
+        layer * LORA_MODULES + first_module,
+        y.stride(0),
+        meta.expand_desc.stride(0),
+        meta.bounds.rank_blocks,
+        meta.bounds.tokens * len(features) * meta.max_rank,
+        meta.max_rank,
+        *out,
+        modules=len(features),
+        UNIT=piece_unit(arena.element_size()),
+        ITEMS=LORA_ITEMS,
+        ITEM_INTS=ITEM_INTS,
+        BM=meta.bounds.tile,
+        BN=tiles.columns,
+        SPLITS=shrink_tiles(meta.bounds, len(features), y.element_size()).splits,
+        ADD=add,
+        num_warps=tiles.warps,
+        num_stages=2,
+    )

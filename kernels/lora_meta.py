@@ -1,0 +1,162 @@
+"""What a step tells the kernels, built on the host: one packed int32 array, its layout, and the LoRA work lists in it.
+
+The worker fills the host array and copies it to the device once a step. Lists carry their length in the header
+`counts`; what lies beyond the length is never read, so a captured graph needs no cleared tails. Imports no triton.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kernels.layout import PIECE_RANKS
+
+Ints = npt.NDArray[np.int32]
+
+# Positions in the header `counts`.
+LORA_WORK, LORA_ITEMS, LORA_ROWS, PREFILL_ITEMS, DECODE_ITEMS, DECODE_SEQUENCES = range(6)
+HEADER = 8
+WORK_INTS = 8  # first row, rows, slot, rank block, item, 0, 0, 0
+ITEM_INTS = 4  # first row, rows, slot, 0
+LORA_MODULES = 7
+ALIGN = 4  # int32 elements; every field starts at a multiple of 16 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayout:
+    """Names, shapes and places of the fields of one packed int32 array; `counts` comes first in every layout."""
+
+    fields: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def size(self) -> int:
+        """int32 elements."""
+        return sum(_padded(shape) for _, shape in self.fields)
+
+    def split(self, packed: Tensor) -> dict[str, Tensor]:
+        """Views of each field in a packed tensor, on the host (`.numpy()` shares memory) or the device."""
+        views, at = {}, 0
+        for name, shape in self.fields:
+            views[name] = packed[at : at + prod(shape)].view(shape)
+            at += _padded(shape)
+        return views
+
+
+def _padded(shape: tuple[int, ...]) -> int:
+    return -(-prod(shape) // ALIGN) * ALIGN
+
+
+@dataclass(frozen=True, slots=True)
+class LoraBounds:
+    """Sizes of the LoRA lists of one bucket: they bound what a step may hold, they do not set what it costs."""
+
+    tokens: int  # rows of the bucket
+    tile: int  # rows of a work item: 16, 32, 64 or 128
+    slots: int  # adapters that a step may use at once
+    rank_blocks: int  # of the largest adapter allowed
+
+    @property
+    def items(self) -> int:
+        return -(-self.tokens // self.tile) + min(self.slots, self.tokens)
+
+    @property
+    def work(self) -> int:
+        return self.items * self.rank_blocks
+
+    def fields(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """The LoRA part of a PackedLayout."""
+        return ("lora_items", (self.items, ITEM_INTS)), ("lora_work", (self.work, WORK_INTS))
+
+
+def pack_lora(
+    counts: Ints,  # [HEADER]
+    items: Ints,  # [items, ITEM_INTS]
+    work: Ints,  # [work, WORK_INTS]
+    groups: Sequence[tuple[int, int]],
+    slot_blocks: Ints,  # [slots], most rank blocks that the slot's adapter has in any layer and module
+    tile: int,
+) -> None:
+    """Fill the LoRA lists in place.
+
+    groups: (slot, tokens) of the adapters' rows in batch order; rows lie together by slot from row 0 on, the base's
+    come last and are not listed. An item is at most `tile` rows of one slot, a unit of work one rank block of an item.
+    """
+    slots, tokens = np.array(groups, np.int32).reshape(-1, 2).T
+    tiles = -(-tokens // tile)
+    owner = np.repeat(np.arange(len(slots)), tiles)  # each item's group
+    nth = np.arange(len(owner)) - (np.cumsum(tiles) - tiles)[owner]
+    lora = items[: len(owner)]
+    lora[:, 0] = (np.cumsum(tokens) - tokens)[owner] + nth * tile
+    lora[:, 1] = np.minimum(tokens[owner] - nth * tile, tile)
+    lora[:, 2] = slots[owner]
+    blocks = np.maximum(slot_blocks[lora[:, 2]], 1)
+    item = np.repeat(np.arange(len(owner)), blocks)
+    units = work[: len(item)]
+    units[:, :3] = lora[item, :3]
+    units[:, 3] = np.arange(len(item)) - (np.cumsum(blocks) - blocks)[item]
+    units[:, 4] = item
+    counts[LORA_WORK], counts[LORA_ITEMS], counts[LORA_ROWS] = len(item), len(owner), tokens.sum()
+
+
+@dataclass(frozen=True, slots=True)
+class LoraMeta:
+    """A bucket's LoRA metadata on the device. The launchers take their work from it and their grids from `bounds`."""
+
+    bounds: LoraBounds
+    counts: Tensor  # [HEADER] int32
+    items: Tensor  # [items, ITEM_INTS] int32
+    work: Tensor  # [work, WORK_INTS] int32
+    shrink_desc: Tensor  # [work, layers * 7, 2] int32: offset of A's piece, its ranks (0: nothing to do)
+    expand_desc: Tensor  # [items, layers * 7, 1 + rank_blocks] int32: rank, offsets of B's pieces
+    z: Tensor  # [elements] float32: shrink's partial products, [splits, tokens, modules, max_rank] in each launch
+
+    @property
+    def max_rank(self) -> int:
+        return self.bounds.rank_blocks * PIECE_RANKS
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWorkspace:
+    """Scratch that every bucket shares, since steps run one after the other: sized for the largest bucket."""
+
+    shrink_desc: Tensor  # [elements] int32
+    expand_desc: Tensor  # [elements] int32
+    z: Tensor  # [elements] float32
+
+    @classmethod
+    def allocate(cls, buckets: Sequence[LoraBounds], layers: int, device: torch.device) -> "LoraWorkspace":
+        def ints(size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=device)
+
+        return cls(
+            ints(max(b.work for b in buckets) * layers * LORA_MODULES * 2),
+            ints(max(b.items * (1 + b.rank_blocks) for b in buckets) * layers * LORA_MODULES),
+            torch.zeros(max(z_elements(b) for b in buckets), dtype=torch.float32, device=device),
+        )
+
+    def meta(self, bounds: LoraBounds, fields: dict[str, Tensor], layers: int) -> LoraMeta:
+        """A bucket's metadata over this scratch; `fields` are the device views of its packed layout."""
+        modules = layers * LORA_MODULES
+        shrink = self.shrink_desc[: bounds.work * modules * 2].view(bounds.work, modules, 2)
+        row = 1 + bounds.rank_blocks
+        expand = self.expand_desc[: bounds.items * modules * row].view(bounds.items, modules, row)
+        return LoraMeta(bounds, fields["counts"], fields["lora_items"], fields["lora_work"], shrink, expand, self.z)
+
+
+MAX_SPLITS = 16  # of the inner dimension in a shrink
+
+
+def z_elements(bounds: LoraBounds) -> int:
+    """Elements of scratch that any shrink of the bucket needs: three merged modules, every split."""
+    return split_bound(bounds) * bounds.tokens * 3 * bounds.rank_blocks * PIECE_RANKS
+
+
+def split_bound(bounds: LoraBounds) -> int:
+    """Most parts of the inner dimension that a bucket's shrinks may use: many where few rows leave the device idle."""
+    if bounds.tile > 16:
+        return 1
+    return max(2, min(MAX_SPLITS, 256 // bounds.tokens))

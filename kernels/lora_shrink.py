@@ -1,0 +1,112 @@
+"""Shrink: every row's product with its own adapter's A, for one module or several that read the same input."""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import cdiv, multiprocessors, power_of_two, require, require_rows, shrink_tiles
+from kernels.layout import piece_unit
+from kernels.lora_meta import LORA_MODULES, LORA_WORK, WORK_INTS, LoraMeta
+
+PROGRAMS_EACH = 8  # programs a multiprocessor; units of work beyond that are taken in turns
+
+
+@triton.jit(do_not_specialize=["first"])
+def _shrink(
+    x,
+    arena,
+    z,
+    counts,
+    work,
+    desc,
+    first,
+    inner,
+    x_stride,
+    desc_stride,
+    z_split,
+    max_rank,
+    modules: tl.constexpr,
+    UNIT: tl.constexpr,
+    WORK: tl.constexpr,
+    WORK_INTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One unit: BM rows of one item, one rank block of WIDTH modules, one part of the inner dimension."""
+    i = tl.arange(0, BM)
+    n = tl.arange(0, 16 * WIDTH)
+    k = tl.arange(0, BK)
+    total = tl.load(counts + WORK) * (GROUPS * SPLITS)
+    for index in range(tl.program_id(0), total, tl.num_programs(0)):
+        unit = index // (GROUPS * SPLITS)
+        split = index % SPLITS
+        module = (index // SPLITS) % GROUPS * WIDTH + n // 16
+        entry = desc + tl.cast(unit, tl.int64) * desc_stride + (first + module) * 2
+        offset = tl.load(entry, mask=module < modules, other=0).to(tl.int64)
+        ranks = tl.load(entry + 1, mask=module < modules, other=0)
+        if tl.max(ranks, 0) > 0:
+            head = work + unit * WORK_INTS
+            rows = tl.load(head + 1)
+            row = tl.load(head).to(tl.int64) + i
+            column = module * max_rank + tl.load(head + 3) * 16 + n % 16
+            a = arena + offset * UNIT + (n % 16) * inner
+            real = n % 16 < ranks
+            acc = tl.zeros([BM, 16 * WIDTH], tl.float32)
+            for at in range(split * BK, inner, BK * SPLITS):
+                kk = at + k
+                xx = tl.load(
+                    x + row[:, None] * x_stride + kk[None, :],
+                    mask=(i < rows)[:, None] & (kk < inner)[None, :],
+                    other=0.0,
+                )
+                aa = tl.load(a[:, None] + kk[None, :], mask=real[:, None] & (kk < inner)[None, :], other=0.0)
+                acc = tl.dot(xx, tl.trans(aa), acc, input_precision="ieee")
+            out = z + tl.cast(split, tl.int64) * z_split + row[:, None] * (modules * max_rank) + column[None, :]
+            tl.store(out, acc, mask=(i < rows)[:, None] & (ranks > 0)[None, :])
+
+
+def lora_shrink(x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, first_module: int, modules: int) -> None:
+    """Partial products of `modules` merged modules from `first_module` on (3 for qkv, 2 for gate_up, else 1).
+
+    x: [tokens, in], rows contiguous; arena: [num_chunks, chunk_elements] in x's dtype. Writes meta.z, which lora_expand
+    of the same modules reads; the next shrink overwrites it.
+
+    Semantics: with row t in an item of slot s, sum_split z[split, t, m, r] = sum_k x[t, k] * A[s, layer, m][r, k]
+    for r below the rank rounded up to 16; rows of the base and modules without an adapter are not written.
+    """
+    require_rows(x)
+    require(x.dtype == arena.dtype, "x and the arena differ in dtype")
+    tiles = shrink_tiles(meta.bounds, modules, x.element_size())
+    width = power_of_two(modules) if tiles.merged else 1
+    groups = cdiv(modules, width)
+    programs = meta.bounds.items * groups * tiles.splits
+    require(x.shape[0] <= meta.bounds.tokens, "more rows than the bucket has")
+    _shrink[(min(programs, PROGRAMS_EACH * multiprocessors(x.device)),)](
+        x,
+        arena,
+        meta.z,
+        meta.counts,
+        meta.work,
+        meta.shrink_desc,
+        layer * LORA_MODULES + first_module,
+        x.shape[1],
+        x.stride(0),
+        meta.shrink_desc.stride(0),
+        meta.bounds.tokens * modules * meta.max_rank,
+        meta.max_rank,
+        modules,
+        UNIT=piece_unit(arena.element_size()),
+        WORK=LORA_WORK,
+        WORK_INTS=WORK_INTS,
+        GROUPS=groups,
+        WIDTH=width,
+        BM=meta.bounds.tile,
+        BK=tiles.inner,
+        SPLITS=tiles.splits,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )

@@ -1,0 +1,104 @@
+"""RMSNorm, alone and with the residual sum (and a LoRA delta) before it."""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import power_of_two, require, require_rows
+from kernels.lora_meta import LORA_ROWS
+
+
+@triton.jit
+def _rms_norm(
+    out,
+    x,
+    residual,
+    delta,
+    counts,
+    weight,
+    eps,
+    out_stride,
+    x_stride,
+    residual_stride,
+    delta_stride,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    DELTA: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    real = i < SIZE
+    w = tl.load(weight + i, mask=real, other=0.0).to(tl.float32)
+    value = tl.load(x + row * x_stride + i, mask=real, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        value += tl.load(residual + row * residual_stride + i, mask=real, other=0.0).to(tl.float32)
+    if DELTA:
+        lora = i < tl.where(row < tl.load(counts + ROWS), SIZE, 0)
+        value += tl.load(delta + row * delta_stride + i, mask=lora, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        tl.store(residual + row * residual_stride + i, value.to(residual.dtype.element_ty), mask=real)
+    scale = tl.rsqrt(tl.sum(value * value, 0) / SIZE + eps)
+    tl.store(out + row * out_stride + i, (value * scale * w).to(out.dtype.element_ty), mask=real)
+
+
+def rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    """out, x: [tokens, size], rows contiguous, may be the same; weight: [size].
+
+    Semantics: out[t, i] = x[t, i] / sqrt(mean_j x[t, j]^2 + eps) * weight[i], in float32, rounded once.
+    """
+    _launch(out, x, None, weight, eps, None, None)
+
+
+def add_rms_norm(
+    out: Tensor,
+    residual: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    delta: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> None:
+    """out, residual, y, delta: [tokens, size], rows contiguous; out may be y. weight: [size].
+
+    Semantics: s[t] = residual[t] + y[t] (+ delta[t] for t < counts[LORA_ROWS]); residual = s;
+    out[t, i] = s[t, i] / sqrt(mean_j s[t, j]^2 + eps) * weight[i], from s before it is rounded.
+    """
+    _launch(out, y, residual, weight, eps, delta, counts)
+
+
+def _launch(
+    out: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    delta: Tensor | None,
+    counts: Tensor | None,
+) -> None:
+    require_rows(out, x, weight)
+    require(delta is None or counts is not None, "a delta needs the counts of its rows")
+    require(out.shape == x.shape and x.shape[1] == weight.shape[0], "rows and weight differ in size")
+    block = power_of_two(x.shape[1])
+    _rms_norm[(x.shape[0],)](
+        out,
+        x,
+        x if residual is None else residual,
+        x if delta is None else delta,
+        x if counts is None else counts,
+        weight,
+        eps,
+        out.stride(0),
+        x.stride(0),
+        x.stride(0) if residual is None else residual.stride(0),
+        x.stride(0) if delta is None else delta.stride(0),
+        SIZE=x.shape[1],
+        BLOCK=block,
+        ROWS=LORA_ROWS,
+        RESIDUAL=residual is not None,
+        DELTA=delta is not None,
+        num_warps=max(1, min(16, block // 512)),
+    )

@@ -1,0 +1,65 @@
+"""SiLU of the gate times the up projection, with the LoRA delta of both."""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import cdiv, require, require_rows
+from kernels.lora_meta import LORA_ROWS
+
+BLOCK = 2048
+
+
+@triton.jit
+def _silu_mul(
+    out,
+    gate_up,
+    delta,
+    counts,
+    size,
+    out_stride,
+    in_stride,
+    delta_stride,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DELTA: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = i < size
+    source = gate_up + row * in_stride + i
+    gate = tl.load(source, mask=real, other=0.0).to(tl.float32)
+    up = tl.load(source + size, mask=real, other=0.0).to(tl.float32)
+    if DELTA:
+        lora = i < tl.where(row < tl.load(counts + ROWS), size, 0)
+        more = delta + row * delta_stride + i
+        gate += tl.load(more, mask=lora, other=0.0).to(tl.float32)
+        up += tl.load(more + size, mask=lora, other=0.0).to(tl.float32)
+    fall = tl.exp(-tl.abs(gate))  # never overflows
+    value = gate * up * tl.where(gate >= 0, 1.0, fall) / (1.0 + fall)
+    tl.store(out + row * out_stride + i, value.to(out.dtype.element_ty), mask=real)
+
+
+def silu_mul(out: Tensor, gate_up: Tensor, *, delta: Tensor | None = None, counts: Tensor | None = None) -> None:
+    """gate_up, delta: [tokens, 2 * size], gate before up; out: [tokens, size]; rows contiguous.
+
+    Semantics: g[t] = gate_up[t] (+ delta[t] for t < counts[LORA_ROWS]); out[t, i] = silu(g[t, i]) * g[t, size + i].
+    """
+    require_rows(out, gate_up)
+    require(delta is None or counts is not None, "a delta needs the counts of its rows")
+    require(gate_up.shape[1] == 2 * out.shape[1], "gate_up is not twice as wide as out")
+    _silu_mul[(out.shape[0], cdiv(out.shape[1], BLOCK))](
+        out,
+        gate_up,
+        gate_up if delta is None else delta,
+        gate_up if counts is None else counts,
+        out.shape[1],
+        out.stride(0),
+        gate_up.stride(0),
+        gate_up.stride(0) if delta is None else delta.stride(0),
+        ROWS=LORA_ROWS,
+        BLOCK=BLOCK,
+        DELTA=delta is not None,
+        num_warps=8,
+    )

@@ -1,0 +1,111 @@
+"""Paged prefill and decode against the reference, in batches that mix both; what no token filled is NaN."""
+
+import pytest
+import torch
+
+from kernels import reference
+from kernels.attention_decode import decode_attention
+from kernels.attention_meta import AttentionBounds
+from kernels.attention_prefill import prefill_attention
+from kernels.launch import q_tile
+from kernels.layout import KvLayout
+from tests.kernels.build import KvStep, assert_close, make_kv_step
+
+LAYER = 1
+
+
+def attend(step: KvStep, q: torch.Tensor, window: int = 0) -> torch.Tensor:
+    """What both kernels leave in a buffer of sevens."""
+    out = torch.full_like(q, 7.0).flatten(1)
+    scale = step.layout.head_dim**-0.5
+    args = (out, q.flatten(1), step.arena, step.layout, LAYER, step.meta, scale)
+    if step.meta.bounds.q_tile:
+        prefill_attention(*args, window)
+    decode_attention(*args)
+    return out.view(q.shape)
+
+
+def expected(step: KvStep, q: torch.Tensor, window: int = 0) -> torch.Tensor:
+    layout = step.layout
+    shape = (layout.layers, layout.kv_heads, layout.block_tokens, layout.head_dim)
+    return reference.attention(q.double(), step.arena, step.token_tables, step.positions, LAYER, shape, window)
+
+
+def check(
+    layout: KvLayout,
+    heads: int,
+    contexts: list[int],
+    lengths: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    window: int = 0,
+    splits: int = 3,
+) -> None:
+    torch.manual_seed(sum(contexts) + heads)
+    size = torch.empty((), dtype=dtype).element_size()
+    tile = q_tile(heads, layout.kv_heads, layout.head_dim, size)
+    bounds = AttentionBounds(sum(lengths) + 2, len(lengths) + 1, tile, splits, 4096)
+    step = make_kv_step(layout, contexts, lengths, bounds, heads, dtype, device, window)
+    q = torch.randn(sum(lengths) + 2, heads, layout.head_dim, device=device).to(dtype)
+    out = attend(step, q, window)
+    rows = sum(lengths)
+    assert_close(out[:rows], expected(step, q[:rows], window))
+    assert (out[rows:] == 7.0).all()
+
+
+MIXED = ([1, 37, 300, 5, 19, 70], [1, 1, 1, 5, 2, 33])  # contexts, new tokens: decodes, a prefix, a later chunk
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_head_sizes(head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    check(KvLayout(2, 1, 16, head_dim), 2, [150, 40], [1, 9], dtype, device)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 1), (9, 3), (14, 2)])
+def test_groups(heads: int, kv_heads: int, dtype: torch.dtype, device: torch.device) -> None:
+    check(KvLayout(2, kv_heads, 16, 16), heads, *MIXED, dtype, device)
+
+
+@pytest.mark.parametrize("block_tokens", [16, 64])
+@pytest.mark.parametrize("window", [0, 1, 24, 1000])
+def test_windows(block_tokens: int, window: int, dtype: torch.dtype, device: torch.device) -> None:
+    check(KvLayout(2, 1, block_tokens, 16), 3, *MIXED, dtype, device, window)
+
+
+def test_more_items_than_programs(dtype: torch.dtype, device: torch.device) -> None:
+    """A bucket of one split a sequence still takes contexts that are cut into several parts."""
+    check(KvLayout(2, 1, 16, 16), 2, [2100, 4096], [1, 1], dtype, device, splits=1)
+
+
+def test_a_long_split_decode(dtype: torch.dtype, device: torch.device) -> None:
+    check(KvLayout(2, 1, 16, 16), 2, [1300, 3], [1, 1], dtype, device, splits=10)
+
+
+def test_a_bucket_of_decodes_alone(dtype: torch.dtype, device: torch.device) -> None:
+    torch.manual_seed(6)
+    layout, lengths = KvLayout(2, 2, 16, 32), [1, 1]
+    step = make_kv_step(layout, [200, 9], lengths, AttentionBounds(2, 2, 0, 2, 512), 4, dtype, device)
+    q = torch.randn(2, 4, 32, device=device).to(dtype)
+    assert_close(attend(step, q), expected(step, q))
+
+
+def test_same_bits_whoever_shares_the_batch(device: torch.device) -> None:
+    layout, outs = KvLayout(2, 1, 16, 16), []
+    for others in ([5, 900], [400, 33]):
+        torch.manual_seed(7)
+        bounds = AttentionBounds(3, 3, 0, 4, 4096)
+        step = make_kv_step(layout, [700, *others], [1, 1, 1], bounds, 2, torch.float32, device)
+        own = torch.linspace(-1, 1, 700 * 2 * 16, device=device).sin().view(700, 2, 1, 16)
+        chunks = step.tables[int(step.table_rows[0]), :44].long()
+        places = chunks.repeat_interleave(16)[:700] * 16 + torch.arange(700, device=device) % 16
+        reference.store_kv(step.arena, layout, LAYER, own[:, 0], own[:, 1], places)
+        q = torch.linspace(0, 3, 3 * 2 * 16, device=device).cos().view(3, 2, 16)
+        outs.append(attend(step, q)[0])
+    assert torch.equal(*outs)
+
+
+def test_refuses_items_of_another_tile(device: torch.device) -> None:
+    layout = KvLayout(2, 1, 16, 16)
+    step = make_kv_step(layout, [8], [4], AttentionBounds(4, 1, 5, 1, 512), 2, torch.float32, device)
+    with pytest.raises(ValueError, match="packed for 5 tokens"):
+        attend(step, torch.randn(4, 2, 16, device=device))

@@ -1,0 +1,174 @@
+"""Shrink and expand against the dense reference: merged modules, real ranks, missing modules, stale tails."""
+
+import pytest
+import torch
+
+from kernels import reference
+from kernels.lora_expand import lora_expand
+from kernels.lora_gather import lora_gather
+from kernels.lora_meta import LoraBounds
+from kernels.lora_shrink import lora_shrink
+from tests.kernels.build import Adapters, LoraStep, assert_close, make_adapters, make_lora_step, pack_lora_step
+
+HIDDEN, QUERY, KEY, INNER = 72, 80, 24, 136
+SHAPES = (
+    (HIDDEN, QUERY),
+    (HIDDEN, KEY),
+    (HIDDEN, KEY),
+    (QUERY, HIDDEN),
+    (HIDDEN, INNER),
+    (HIDDEN, INNER),
+    (INNER, HIDDEN),
+)
+MERGED = {"qkv": (0, 3), "o": (3, 1), "gate_up": (4, 2), "down": (6, 1)}
+LAYERS, LAYER = 2, 1
+
+
+def mixed_ranks() -> torch.Tensor:
+    """Five slots: rank 16 everywhere, 8 on q and v, 40 on down alone, by layer and module, 104 everywhere."""
+    ranks = torch.zeros(5, LAYERS, 7, dtype=torch.int32)
+    ranks[0] = 16
+    ranks[1, :, [0, 2]] = 8
+    ranks[2, :, 6] = 40
+    ranks[3] = torch.tensor([[8, 16, 24, 0, 32, 8, 16], [16, 24, 8, 48, 0, 16, 8]])
+    ranks[4] = 104
+    return ranks
+
+
+def run(
+    adapters: Adapters, step: LoraStep, x: torch.Tensor, y: torch.Tensor, merged: str, *, add: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what the kernels left in y, what the reference leaves)."""
+    first, count = MERGED[merged]
+    features = tuple(SHAPES[m][1] for m in range(first, first + count))
+    wanted = y.double() if add else torch.where((step.slots >= 0)[:, None], 0.0, y.double())
+    for module, part in zip(range(first, first + count), wanted.split(features, 1), strict=True):
+        args = (adapters.arena, adapters.pieces, adapters.ranks, step.slots, LAYER, module)
+        part.copy_(reference.lora_expand(reference.lora_shrink(x.double(), *args), part, *args))
+    lora_shrink(x, adapters.arena, step.meta, LAYER, first, count)
+    lora_expand(y, adapters.arena, step.meta, LAYER, first, features, add=add)
+    return y, wanted
+
+
+GROUPS = ([(3, 5), (0, 1), (4, 18), (1, 2), (2, 3)], [(2, 1)], [(4, 40)])
+
+
+@pytest.mark.parametrize("merged", list(MERGED))
+@pytest.mark.parametrize("tile", [16, 32])
+@pytest.mark.parametrize("groups", GROUPS, ids=["mixed", "one", "long"])
+def test_delta(merged: str, tile: int, groups: list[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> None:
+    torch.manual_seed(1)
+    adapters = make_adapters(mixed_ranks(), SHAPES, 7, dtype, device, 0.2)
+    step = make_lora_step(LoraBounds(43, tile, 5, 7), adapters, groups)
+    lora_gather(step.meta, adapters.pieces, adapters.ranks)
+    first, count = MERGED[merged]
+    x = torch.randn(43, SHAPES[first][0], device=device).to(dtype)
+    y = torch.full((43, sum(s[1] for s in SHAPES[first : first + count])), 7.0, dtype=dtype, device=device)
+    y[: step.rows] = float("nan")
+    out, wanted = run(adapters, step, x, y, merged, add=False)
+    assert_close(out[: step.rows], wanted[: step.rows])
+    assert (out[step.rows :] == 7.0).all()
+
+
+@pytest.mark.parametrize("merged", ["qkv", "down"])
+def test_added_to_the_base_product(merged: str, dtype: torch.dtype, device: torch.device) -> None:
+    torch.manual_seed(2)
+    adapters = make_adapters(mixed_ranks(), SHAPES, 7, dtype, device, 0.2)
+    step = make_lora_step(LoraBounds(40, 16, 5, 7), adapters, GROUPS[0])
+    lora_gather(step.meta, adapters.pieces, adapters.ranks)
+    first, count = MERGED[merged]
+    x = torch.randn(40, SHAPES[first][0], device=device).to(dtype)
+    width = sum(s[1] for s in SHAPES[first : first + count])
+    y = torch.randn(40, width + 8, device=device).to(dtype)[:, :width]  # rows of a wider buffer
+    out, wanted = run(adapters, step, x, y, merged, add=True)
+    assert_close(out, wanted)
+
+
+@pytest.mark.parametrize("rank", [8, 64, 256])
+def test_ranks(rank: int, dtype: torch.dtype, device: torch.device) -> None:
+    torch.manual_seed(rank)
+    ranks = torch.full((1, LAYERS, 7), rank, dtype=torch.int32)
+    adapters = make_adapters(ranks, SHAPES, 16, dtype, device, 0.2)
+    step = make_lora_step(LoraBounds(4, 16, 8, 16), adapters, [(0, 3)])
+    lora_gather(step.meta, adapters.pieces, adapters.ranks)
+    x = torch.randn(4, HIDDEN, device=device).to(dtype)
+    y = torch.full((4, 2 * INNER), float("nan"), dtype=dtype, device=device)
+    out, wanted = run(adapters, step, x, y, "gate_up", add=False)
+    assert_close(out[:3], wanted[:3])
+
+
+def test_next_step_in_the_same_bucket_meets_no_stale_tail(device: torch.device) -> None:
+    torch.manual_seed(3)
+    adapters = make_adapters(mixed_ranks(), SHAPES, 7, torch.float32, device, 0.2)
+    bounds = LoraBounds(43, 16, 5, 7)
+    step = make_lora_step(bounds, adapters, GROUPS[0])
+    x = torch.randn(43, HIDDEN, device=device)
+    lora_gather(step.meta, adapters.pieces, adapters.ranks)
+    lora_shrink(x, adapters.arena, step.meta, LAYER, 0, 3)
+    # The step after: fewer rows, other slots, over the same device arrays.
+    after = make_lora_step(bounds, adapters, [(1, 2), (3, 1)])
+    step.meta.counts.copy_(after.meta.counts)
+    step.meta.items.copy_(after.meta.items)
+    step.meta.work.copy_(after.meta.work)
+    lora_gather(step.meta, adapters.pieces, adapters.ranks)
+    y = torch.full((43, QUERY + 2 * KEY), 7.0, device=device)
+    out, wanted = run(adapters, LoraStep(step.meta, after.slots, after.rows), x, y, "qkv", add=False)
+    assert_close(out, wanted)
+
+
+def test_same_bits_in_another_slot_and_beside_others(device: torch.device) -> None:
+    """Same rows and group size: bit-equal, whoever shares the batch and whichever slot holds the adapter."""
+    torch.manual_seed(4)
+    ranks = torch.full((4, LAYERS, 7), 24, dtype=torch.int32)
+    adapters = make_adapters(ranks, SHAPES, 2, torch.float32, device, 0.2)
+    adapters.pieces[3] = adapters.pieces[0]
+    bounds = LoraBounds(32, 16, 4, 2)
+    x = torch.randn(32, HIDDEN, device=device)
+    outs = []
+    for groups in ([(0, 7)], [(3, 7), (1, 12), (2, 4)]):
+        step = make_lora_step(bounds, adapters, groups)
+        lora_gather(step.meta, adapters.pieces, adapters.ranks)
+        y = torch.zeros(32, QUERY + 2 * KEY, device=device)
+        lora_shrink(x, adapters.arena, step.meta, LAYER, 0, 3)
+        lora_expand(y, adapters.arena, step.meta, LAYER, 0, (QUERY, KEY, KEY), add=False)
+        outs.append(y[:7])
+    assert torch.equal(*outs)
+    assert outs[0].abs().sum() > 0
+
+
+def test_refuses_a_table_of_other_rank_blocks(device: torch.device) -> None:
+    adapters = make_adapters(mixed_ranks(), SHAPES, 7, torch.float32, device)
+    step = make_lora_step(LoraBounds(4, 16, 5, 7), adapters, [(0, 1)])
+    with pytest.raises(ValueError, match="rank blocks"):
+        lora_gather(step.meta, adapters.pieces[..., :3].contiguous(), adapters.ranks)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_the_metadata(device: torch.device) -> None:
+    torch.manual_seed(5)
+    adapters = make_adapters(mixed_ranks(), SHAPES, 7, torch.bfloat16, device, 0.2)
+    bounds = LoraBounds(43, 16, 5, 7)
+    step = make_lora_step(bounds, adapters, GROUPS[0])
+    x = torch.randn(43, HIDDEN, device=device).bfloat16()
+    y = torch.zeros(43, QUERY + 2 * KEY, device=device).bfloat16()
+
+    def launch() -> None:
+        lora_gather(step.meta, adapters.pieces, adapters.ranks)
+        lora_shrink(x, adapters.arena, step.meta, LAYER, 0, 3)
+        lora_expand(y, adapters.arena, step.meta, LAYER, 0, (QUERY, KEY, KEY), add=False)
+
+    launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    packed = pack_lora_step(bounds, adapters, [(2, 3), (4, 20)]).to(device)
+    step.meta.counts._base.copy_(packed)
+    y.fill_(7.0)
+    graph.replay()
+    after = make_lora_step(bounds, adapters, [(2, 3), (4, 20)])
+    fresh = torch.full_like(y, 7.0)
+    lora_gather(after.meta, adapters.pieces, adapters.ranks)
+    fresh, wanted = run(adapters, after, x, fresh, "qkv", add=False)
+    assert torch.equal(y, fresh)
+    assert_close(y, wanted)

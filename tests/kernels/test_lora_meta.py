@@ -1,0 +1,49 @@
+"""The LoRA work lists cover each adapter's rows and rank blocks once, within their bounds."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels import lora_meta
+from kernels.lora_meta import HEADER, LORA_ITEMS, LORA_ROWS, LORA_WORK, LoraBounds, PackedLayout, pack_lora
+
+GROUPS = st.lists(st.integers(1, 70), max_size=8)
+
+
+@given(tokens=GROUPS, tile=st.sampled_from([16, 32, 64]), data=st.data())
+def test_every_row_and_rank_block_once(tokens: list[int], tile: int, data: st.DataObject) -> None:
+    slots = data.draw(st.permutations(range(8)))[: len(tokens)]
+    blocks = np.array(data.draw(st.lists(st.integers(0, 4), min_size=8, max_size=8)), np.int32)
+    bounds = LoraBounds(tokens=sum(tokens) + 3, tile=tile, slots=8, rank_blocks=4)
+    counts, items, work = (np.full(shape, 2**30, np.int32) for shape in ((HEADER,), *(s for _, s in bounds.fields())))
+    pack_lora(counts, items, work, list(zip(slots, tokens, strict=True)), blocks, tile)
+
+    owner = [slot for slot, n in zip(slots, tokens, strict=True) for _ in range(n)]
+    seen = [(row, slot) for first, n, slot, _ in items[: counts[LORA_ITEMS]] for row in range(first, first + n)]
+    assert seen == list(enumerate(owner))
+    assert counts[LORA_ROWS] == len(owner)
+    units = [(int(item), int(block)) for _, _, _, block, item, *_ in work[: counts[LORA_WORK]]]
+    assert units == [(i, b) for i in range(counts[LORA_ITEMS]) for b in range(max(1, blocks[items[i, 2]]))]
+    for first, rows, slot, _, item, *_ in work[: counts[LORA_WORK]]:
+        assert (first, rows, slot) == tuple(items[item, :3])
+    assert (items[: counts[LORA_ITEMS], 1] <= tile).all()
+
+
+def test_fields_share_one_array_and_start_aligned() -> None:
+    layout = PackedLayout((("counts", (HEADER,)), ("odd", (5,)), ("pairs", (3, 2)), ("none", (0, 4))))
+    packed = torch.zeros(layout.size, dtype=torch.int32)
+    views = layout.split(packed)
+    assert [view.shape for view in views.values()] == [(8,), (5,), (3, 2), (0, 4)]
+    for view in views.values():
+        assert (view.data_ptr() - packed.data_ptr()) % 16 == 0
+    views["pairs"][2, 1] = 7
+    assert packed[8 + 8 + 5] == 7
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16, 64, 512])
+def test_small_batches_split_more(tokens: int) -> None:
+    bounds = LoraBounds(tokens, 16, 8, 1)
+    assert 2 <= lora_meta.split_bound(bounds) <= lora_meta.MAX_SPLITS
+    assert lora_meta.split_bound(bounds) >= lora_meta.split_bound(LoraBounds(2 * tokens, 16, 8, 1))
