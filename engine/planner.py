@@ -24,7 +24,8 @@ from engine.stats import Recorder
 class PlanLimits:
     """What bounds a step."""
 
-    step_tokens: int
+    chunk: int  # a step's tokens as long as decodes leave some of them to prompts
+    least: int  # what prompts get in any case
     chunking: bool  # a prompt may be computed in several steps
     max_wanted: int  # waiting adapters, in queue order, that are loaded ahead of a slot
     patience: int  # admissions that may pass a sequence before a slot or memory is reserved for it
@@ -90,8 +91,9 @@ class Planner:
 
     def plan(self, pinned: Collection[Adapter], now: float) -> Flight | None:
         """The next step, or None when there is nothing to do; `pinned` adapters are loaded before all others."""
-        draft = Draft(self._arena.planned + 1, self._limits.step_tokens)
+        draft = Draft(self._arena.planned + 1, self._limits.chunk)
         prompts = self._decode(draft)
+        draft.budget = max(draft.budget, self._limits.least)
         for sequence in prompts:
             self._continue_prompt(draft, sequence)
         if not draft.tight:

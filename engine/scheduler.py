@@ -38,7 +38,7 @@ class SchedulerConfig:
     eos_token_ids: frozenset[int] = frozenset()
     max_running: int = 256  # state rows
     max_queued: int | None = None  # requests of which nothing is planned yet
-    prefill_tokens: int | None = 256  # a step's tokens; None: every prompt in one step
+    prefill_tokens: int | None = 256  # a step's tokens, decodes first; None: every prompt in one step
     enable_lora: bool = False
     max_slots: int = 8  # --max-loras-per-batch
     max_loaded: int | None = None
@@ -51,11 +51,14 @@ class SchedulerConfig:
     unix_offset: float = 0.0  # what makes unix seconds of the `now` passed in
 
     @property
+    def prompt_tokens(self) -> int:
+        """What prompts get of a step, however many sequences decode."""
+        return self.max_model_len if self.prefill_tokens is None else -(-self.prefill_tokens // 4)
+
+    @property
     def step_tokens(self) -> int:
-        """No plan has more tokens: every running sequence can decode, and prompts get what is left."""
-        if self.prefill_tokens is None:
-            return self.max_model_len + self.max_running
-        return max(self.prefill_tokens, self.max_running)
+        """No plan has more tokens."""
+        return max(self.prefill_tokens or 0, self.max_running + self.prompt_tokens)
 
     @property
     def context_blocks(self) -> int:
@@ -120,7 +123,13 @@ class Scheduler:
             self.counters, max_wanted=config.max_slots, block_tokens=config.block_tokens,
             chunk_bytes=config.chunk_bytes, unix_offset=config.unix_offset,
         )  # fmt: skip
-        limits = PlanLimits(config.step_tokens, config.prefill_tokens is not None, config.max_slots, config.patience)
+        limits = PlanLimits(
+            chunk=config.prefill_tokens or 0,
+            least=config.prompt_tokens,
+            chunking=config.prefill_tokens is not None,
+            max_wanted=config.max_slots,
+            patience=config.patience,
+        )
         self._planner = Planner(
             limits, self._arena, self._blocks, self._memory, self._residency, self._slots, self._roster, self.counters
         )

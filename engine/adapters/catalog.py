@@ -94,6 +94,7 @@ class Adapter:
             name=self.name,
             adapter_id=self.adapter_id,
             source=self.source,
+            revision=self.revision,
             state=self.state,
             pinned=self.pinned,
             rank=self.rank,

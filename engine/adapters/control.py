@@ -47,7 +47,7 @@ class AdapterControl:
 
     @property
     def pinned(self) -> list[Adapter]:
-        return [adapter for adapter in self.catalog if adapter.pinned]
+        return [adapter for adapter in self.catalog if adapter.pinned and not adapter.draining]
 
     # From the source to the host
 
@@ -112,7 +112,7 @@ class AdapterControl:
         adapter.fetching, adapter.error = False, reason
         self._residency.unhost(adapter)
         failed = self._fail_requests(adapter, f"adapter '{adapter.name}' could not be loaded: {reason}")
-        if not adapter.keep:
+        if not adapter.keep and not adapter.draining:
             self.catalog.remove(adapter)
         return failed
 
@@ -140,6 +140,11 @@ class AdapterControl:
         self._residency.evict(adapter, "failed")
         adapter.error = reason
         return self._fail_requests(adapter, f"adapter '{adapter.name}' could not be copied to the device: {reason}")
+
+    def take_evicted(self) -> list[int]:
+        """adapter_ids that left the arena since the last call; the worker forgets them before the next plan runs."""
+        evicted, self._residency.evicted = self._residency.evicted, []
+        return evicted
 
     # Unloads
 

@@ -39,6 +39,7 @@ class Residency:
     def __init__(self, arena: Arena, slots: Slots, limits: Limits) -> None:
         self.limits = limits
         self.evictions: Counter[str] = Counter()  # "tier/reason"
+        self.evicted: list[int] = []  # adapter_ids that left the arena, for the worker to forget
         self._arena = arena
         self._slots = slots
         self._resident: dict[int, Adapter] = {}  # with chunks, ready or being copied; by adapter_id
@@ -110,6 +111,7 @@ class Residency:
         self._arena.release(adapter.chunks)
         adapter.chunks, adapter.copying = [], False
         self.evictions[f"arena/{reason}"] += 1
+        self.evicted.append(adapter.adapter_id)
 
     def in_flight(self, adapter: Adapter) -> bool:
         """Whether an uncommitted step has rows of the adapter."""

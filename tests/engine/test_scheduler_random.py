@@ -1,0 +1,140 @@
+"""Seeded random histories against the reference: whatever happens around it, a request gives what it gives alone."""
+
+import random
+
+import pytest
+
+from engine.types import EngineError, ErrorCode
+from tests.engine.simulated import Driver, random_prompt, small_config
+
+
+class History:
+    """Draws operations: requests of every kind, aborts, loads, unloads, pins, changed sources, steps at any time."""
+
+    NAMES = ("a", "b", "c", "d", "e")
+
+    def __init__(self, driver: Driver, seed: int) -> None:
+        self.driver = driver
+        self.rng = random.Random(seed)
+        self.unloading: set[str] = set()
+
+    def run(self, operations: int) -> None:
+        for _ in range(operations):
+            self.operation()()
+        self.driver.late_loads = False
+        self.end_unloads()
+        self.driver.run()
+        self.end_unloads()
+
+    def operation(self):  # type: ignore[no-untyped-def]
+        weights = {
+            self.submit: 8,
+            self.driver.plan: 14,
+            self.driver.commit: 14,
+            self.finish_load: 6,
+            self.abort: 2,
+            self.load: 2,
+            self.begin_unload: 1,
+            self.end_unloads: 2,
+            self.pin: 1,
+            self.change: 1,
+            self.fail_load: 1,
+        }
+        return self.rng.choices(list(weights), list(weights.values()))[0]
+
+    def submit(self) -> None:
+        rng = self.rng
+        known = [info.name for info in self.driver.scheduler.adapters.infos()]
+        prompt = random_prompt(rng, 24)
+        try:
+            self.driver.submit(
+                prompt,
+                rng.choice([None, *known]),
+                n=rng.choice([1, 1, 1, 2, 4]),
+                max_tokens=rng.choice([0, 1, 2, 5, 40 - len(prompt)]),
+                salt=rng.choice([None, None, "s"]),
+                priority=rng.randrange(3),
+                min_tokens=rng.choice([0, 0, 3]),
+                stop_token_ids=rng.choice([(), (1, 2, 3, 4, 5)]),
+                ignore_eos=rng.random() < 0.3,
+                prompt_logprobs=rng.choice([None, None, None, 0]),
+            )
+        except EngineError as error:
+            assert error.code in (ErrorCode.ADAPTER_NOT_FOUND, ErrorCode.QUEUE_FULL)
+
+    def abort(self) -> None:
+        if self.driver.requests:
+            request_id = self.rng.choice(list(self.driver.requests))
+            self.driver.abort(request_id, self.rng.choice([None, 0, 1]))
+
+    def finish_load(self) -> None:
+        self.driver.finish_loads(1)
+
+    def fail_load(self) -> None:
+        control = self.driver.scheduler.adapters
+        if self.driver.copying and self.rng.random() < 0.5:
+            self.driver.fail(control.load_failed(self.driver.copying.pop(), "broken link", self.driver.now))
+        elif self.driver.fetching:
+            self.driver.fail(control.host_failed(self.driver.fetching.pop(), "gone"))
+
+    def load(self) -> None:
+        name = self.rng.choice(self.NAMES)
+        try:
+            self.driver.add(name, self.rng.randint(1, 4), cold=self.rng.random() < 0.2)
+        except EngineError as error:
+            if error.code is ErrorCode.ADAPTER_UNAVAILABLE:
+                adapter_id = self.driver.adapter_id(name)
+                self.driver.fail(self.driver.scheduler.adapters.host_failed(adapter_id, error.message))
+            else:
+                assert error.code is ErrorCode.ADAPTER_EXISTS
+
+    def begin_unload(self) -> None:
+        names = [i.name for i in self.driver.scheduler.adapters.infos() if i.name not in self.unloading]
+        if names:
+            name = self.rng.choice(names)
+            self.driver.scheduler.adapters.begin_unload(name)
+            self.unloading.add(name)
+            if self.rng.random() < 0.3:
+                self.driver.fail(self.driver.scheduler.adapters.fail_requests(name, "took too long"))
+
+    def end_unloads(self) -> None:
+        control = self.driver.scheduler.adapters
+        for name in sorted(self.unloading):
+            if control.drained(name):
+                self.driver.worker.host.pop(control.finish_unload(name), None)
+                self.unloading.remove(name)
+        self.driver.check()
+
+    def pin(self) -> None:
+        names = [i.name for i in self.driver.scheduler.adapters.infos() if i.name not in self.unloading]
+        for name in names:
+            self.driver.scheduler.adapters.unpin(name)
+        if names and self.rng.random() < 0.5:
+            try:
+                self.driver.scheduler.adapters.pin(self.rng.choice(names))
+            except EngineError as error:
+                assert error.code is ErrorCode.INVALID_REQUEST
+
+    def change(self) -> None:
+        if self.driver.sources:
+            self.driver.change_source(self.rng.choice(list(self.driver.sources)))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_histories(seed: int) -> None:
+    rng = random.Random(seed)
+    config = small_config(
+        num_chunks=rng.choice([14, 18, 30]),
+        prefill_tokens=rng.choice([5, 12, None]),
+        prefix_cache=rng.random() < 0.8,
+        policy=rng.choice(["fcfs", "priority"]),
+        max_queued=rng.choice([None, 6]),
+        max_loaded=rng.choice([None, 2, 3]),
+        max_host_pages=rng.choice([None, 8]),
+        max_slots=rng.choice([1, 2, 3]),
+        patience=rng.choice([1, 4]),
+    )
+    driver = Driver(config, overlap=rng.random() < 0.7, late_loads=True)
+    History(driver, seed).run(400)
+    driver.check_outputs()
+    driver.check_empty()
