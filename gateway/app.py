@@ -1,5 +1,7 @@
 """Puts the application together: routes behind their guards, middleware around them, every error in OpenAI's shape."""
 
+import re
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -13,7 +15,7 @@ from gateway.auth import admin_check, api_check, guarded
 from gateway.errors import ApiError, error_response, quote, to_api_error
 from gateway.metrics import Metrics
 from gateway.middleware import LimitBody, Observe
-from gateway.routes import admin, health, openai
+from gateway.routes import admin, health, native, openai
 from gateway.settings import Settings
 from gateway.state import Gateway
 
@@ -43,12 +45,21 @@ def create_app(gateway: Gateway, settings: Settings, metrics: Metrics) -> Starle
 
 def all_routes(settings: Settings) -> list[BaseRoute]:
     """Every route behind its guard."""
-    serving = [*openai.routes(), *health.info_routes()]
-    return [
+    serving = [*openai.routes(), *native.routes(), *health.info_routes()]
+    routes = [
         *guarded(serving, api_check(settings)),
         *guarded(admin.routes(), admin_check(settings)),
         *health.open_routes(),
     ]
+    for route in routes:
+        _match_exactly(route)
+    return routes
+
+
+def _match_exactly(route: BaseRoute) -> None:
+    """Starlette's patterns end in `$`, which also matches before a line break at the end of a path."""
+    assert isinstance(route, Route)
+    route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"\Z")
 
 
 class Errors:
