@@ -1,4 +1,4 @@
-"""The engine's settings: what the command line's flags become. Flag names and meanings are SGLang's where it has them."""
+"""The engine's settings: what the command line's flags become, with SGLang's names and meanings where it has them."""
 
 import msgspec
 

@@ -83,6 +83,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     adapter_id: int  # fresh for each load, never used again
     source: str  # as the caller gave it
+    revision: str | None = None  # of a hub source
     state: AdapterState
     pinned: bool = False
     rank: int = 0  # 0 while unknown (cold)

@@ -1,5 +1,4 @@
 """Triton kernels for serving many LoRA adapters over one base model, each beside a plain torch reference."""
 
-DISTRIBUTION = (
-    "loramux"  # an unrelated distribution installs a package `kernels` too; start-up tells them apart by this
-)
+# An unrelated distribution installs a package `kernels` too; start-up tells them apart by this.
+DISTRIBUTION = "loramux"

@@ -5,7 +5,7 @@ that no step ever waits for an allocation. Used and free pages together are alwa
 """
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -98,6 +98,11 @@ class HostTier:
     def get(self, adapter_id: int) -> HostAdapter | None:
         with self._lock:
             return self._adapters.get(adapter_id)
+
+    def rename(self, adapter_id: int, renewed: int) -> None:
+        """The adapter goes by another id from now on: its source had changed."""
+        with self._lock:
+            self._adapters[renewed] = replace(self._adapters.pop(adapter_id), adapter_id=renewed)
 
     def drop(self, adapter_id: int) -> None:
         """Frees its pages; nobody may read them any more. Raises KeyError for an adapter that is not here."""

@@ -31,6 +31,12 @@ class ModelDims:
             "down_proj": (self.intermediate, self.hidden),
         }[module]
 
+    def parameters(self, *, tied: bool) -> int:
+        """Weights of the whole model, biases left out; `tied`: the head is the embedding."""
+        linear = sum(i * o for i, o in map(self.module_shape, LORA_MODULES))
+        norms = 2 * self.hidden
+        return self.layers * (linear + norms) + self.hidden + self.vocab * self.hidden * (1 if tied else 2)
+
     @property
     def kv_elements_per_token(self) -> int:
         """Keys and values of one token over all layers."""

@@ -1,0 +1,153 @@
+"""Puts one engine together: worker, brain, host tier, loader and loop, in the order in which each needs the others."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from engine.adapters.host import HostTier, default_budget
+from engine.adapters.loader import AdapterLoader, AdapterReader
+from engine.adapters.peft import inspect_limits
+from engine.adapters.source import resolve_source
+from engine.adapters.spec import AdapterLimits
+from engine.config import EngineConfig
+from engine.link import EngineLink
+from engine.loop import HUNG_SECONDS, EngineLoop
+from engine.messages import Ready
+from engine.models.dims import LORA_MODULES
+from engine.models.generation import generation_defaults
+from engine.models.source import resolve_model
+from engine.models.tokenizer import tokenizer_folder
+from engine.pipeline import Pipeline
+from engine.progress import show_progress
+from engine.scheduler import Scheduler, scheduler_config
+from engine.types import AdapterInfo, ModelInfo
+from engine.worker.memory import DEFAULT_LORA_RANK, largest_adapter_chunks
+from engine.worker.worker import DTYPES, Worker, WorkerInfo
+
+HUNG_STEPS = 20  # times the largest step seen at start
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A running engine's parts, for the process and for tests."""
+
+    scheduler: Scheduler
+    worker: Worker
+    host: HostTier
+    loader: AdapterLoader
+    pipeline: Pipeline
+    loop: EngineLoop
+
+    async def run(self) -> None:
+        """Serves until the gateway goes."""
+        await self.loop.run()
+
+    def close(self) -> None:
+        """Ends the engine's threads; a step that runs is waited for."""
+        self.loader.close()
+        self.pipeline.close()
+        self.host.close()
+        self.worker.close()
+
+
+async def build(config: EngineConfig, link: EngineLink) -> Engine:
+    """Loads the base model and the adapters of --lora-paths and says `Ready`.
+
+    Raises what names the reason: ModelSourceError, UnsupportedModelError, StartupError, EngineError.
+    """
+    folder = await asyncio.to_thread(resolve_model, config.model_path, config.revision)
+    config = await asyncio.to_thread(with_limits, config)
+    worker = await asyncio.to_thread(Worker.start, config, folder, progress=show_progress())
+    engine = _assemble(config, worker, link)
+    try:
+        await engine.loader.start(config.lora_paths, config.max_loaded_loras)
+    except BaseException:
+        engine.close()
+        raise
+    tokenizer = await asyncio.to_thread(tokenizer_folder, folder)
+    adapters: list[AdapterInfo] = engine.scheduler.adapters.infos()
+    link.post(Ready(model=_model_info(config, worker.info, folder, tokenizer), adapters=adapters))
+    await link.flush()
+    return engine
+
+
+def with_limits(config: EngineConfig) -> EngineConfig:
+    """--max-lora-rank and --lora-target-modules filled in: from --lora-paths, else rank 256 and all modules.
+
+    Blocking; raises EngineError for a path that cannot be read.
+    """
+    config = msgspec.structs.replace(config, enable_lora=config.enable_lora or bool(config.lora_paths))
+    rank, modules = config.max_lora_rank, config.lora_target_modules
+    if config.lora_paths and (rank is None or modules is None):
+        inferred = inspect_limits([resolve_source(path.path, path.revision) for path in config.lora_paths])
+        rank = inferred[0] if rank is None else rank
+        modules = inferred[1] if modules is None else modules
+    return msgspec.structs.replace(
+        config,
+        max_lora_rank=DEFAULT_LORA_RANK if rank is None else rank,
+        lora_target_modules=LORA_MODULES if modules is None else modules,
+    )
+
+
+def _assemble(config: EngineConfig, worker: Worker, link: EngineLink) -> Engine:
+    info = worker.info
+    assert config.max_lora_rank is not None
+    assert config.lora_target_modules is not None
+    host_bytes = default_budget() if config.max_host_lora_bytes is None else config.max_host_lora_bytes
+    on_gpu = info.device.startswith("cuda")
+    host_bytes = host_bytes if config.enable_lora else 0
+    host = HostTier(info.dims, info.geometry, DTYPES[info.dtype], host_bytes, pinned=on_gpu)
+    scheduler = Scheduler(
+        scheduler_config(
+            config,
+            num_chunks=info.num_chunks,
+            block_tokens=info.geometry.block_tokens,
+            chunk_bytes=info.geometry.chunk_bytes,
+            max_model_len=info.context_length,
+            eos_token_ids=frozenset(info.model.eos_token_ids),
+            max_adapter_chunks=largest_adapter_chunks(config, info.dims, info.geometry),
+            on_gpu=on_gpu,
+            max_host_pages=host.bytes_capacity // info.geometry.chunk_bytes,
+            unix_offset=time.time() - asyncio.get_running_loop().time(),
+        )
+    )
+    wake = asyncio.Event()
+    limits = AdapterLimits(config.max_lora_rank, config.lora_target_modules)
+    reader = AdapterReader(info.dims, limits, config.served_model_name)
+    loader = AdapterLoader(scheduler.adapters, host, worker, reader, scheduler.counters, link.post, wake)
+    pipeline = Pipeline(worker)
+    hung_after = max(HUNG_SECONDS, HUNG_STEPS * info.largest_step_seconds)
+    overlap = not config.disable_overlap_schedule
+    loop = EngineLoop(scheduler, loader, pipeline, link, wake, overlap=overlap, hung_after=hung_after)
+    return Engine(scheduler, worker, host, loader, pipeline, loop)
+
+
+def _model_info(config: EngineConfig, info: WorkerInfo, folder: Path, tokenizer: Path) -> ModelInfo:
+    assert config.max_lora_rank is not None
+    assert config.lora_target_modules is not None
+    return ModelInfo(
+        served_name=config.served_model_name,
+        model_path=config.model_path or config.served_model_name,
+        folder=str(tokenizer),
+        max_model_len=info.context_length,
+        vocab_size=info.dims.vocab,
+        eos_token_ids=tuple(info.model.eos_token_ids),
+        bos_token_id=info.model.bos_token_id,
+        generation_defaults=generation_defaults(folder),
+        dtype=info.dtype,
+        device=info.device,
+        block_tokens=info.geometry.block_tokens,
+        chunk_bytes=info.geometry.chunk_bytes,
+        num_chunks=info.num_chunks,
+        enable_lora=config.enable_lora,
+        max_loras_per_batch=config.max_loras_per_batch,
+        max_loaded_loras=config.max_loaded_loras,
+        max_lora_rank=config.max_lora_rank,
+        lora_target_modules=config.lora_target_modules,
+        lora_backend=info.lora_backend,
+        parameters=info.dims.parameters(tied=info.model.tie_word_embeddings),
+        created=int(time.time()),
+    )
