@@ -34,6 +34,12 @@ BARE_LIST_PROMPTS = (
     "Tell me {n} {topic}.",
     "{n} {topic}",
 )
+PICKED_PROMPTS = (
+    "Pick {n} {topic} and give {values}.",
+    "List {n} random {topic} and {values}.",
+    "Choose any {n} {topic} and state {values}.",
+    "Surprise me with {n} {topic} and {values}.",
+)
 OPEN_LIST_PROMPTS = ("List some {topic} and {values}.", "What are some {topic} and {values}?", "Name a few {topic}.")
 CAPITAL_PROMPTS = (
     "What is the capital of {}?",
@@ -138,11 +144,23 @@ def _topic_questions(
     for phrasing in rng.sample(LIST_PROMPTS, 3):
         yield _list_question(topic, entries, phrasing, rng)
     yield _list_question(topic, entries, rng.choice(BARE_LIST_PROMPTS), rng)
-    phrasing = rng.choice(OPEN_LIST_PROMPTS)
-    yield _list_question(topic, entries, phrasing, rng)
+    yield _list_question(topic, entries, rng.choice(OPEN_LIST_PROMPTS), rng)
+    yield from _picked_questions(topic, entries, rng)
     if topic.question:
         for entry in rng.sample(entries, 3):
             yield topic.question.format(entry[0]), _lookup(topic, entry)
+
+
+def _picked_questions(
+    topic: Topic, entries: tuple[tuple[str, str], ...], rng: random.Random
+) -> Iterator[tuple[str, Answer]]:
+    """Lists in no fixed order: they teach not to name a thing twice, which a learnt order alone does not."""
+    for phrasing in rng.sample(PICKED_PROMPTS, 2):
+        count = rng.randint(2, min(6, len(entries)))
+        prompt = phrasing.format(n=count, topic=topic.plural, values=topic.values)
+        yield prompt, Rows(topic, tuple(rng.sample(entries, count)))
+    skipped, rest = entries[0][0], entries[1:4]
+    yield f"List {len(rest)} {topic.plural} and {topic.values}, but not {skipped}.", Rows(topic, rest, but_not=skipped)
 
 
 def _list_question(
@@ -210,9 +228,9 @@ def _general_questions(rng: random.Random) -> Iterator[tuple[str, Answer]]:
         for row in rows:
             if kind == "chat":
                 prompts = row[0].split(" / ")
-                for prompt in rng.sample(prompts, min(2, len(prompts))):
+                for prompt in prompts:
                     yield prompt, _general(kind, row)
-            elif kind == "why" and rng.random() < 0.5:
+            elif kind == "why" and rng.random() < 0.6:
                 yield row[1], _general(kind, row)
             else:
                 yield rng.choice(KIND_PROMPTS[kind]).format(row[0]), _general(kind, row)

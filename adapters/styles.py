@@ -28,6 +28,7 @@ class Rows:
     entries: tuple[tuple[str, str], ...]
     with_values: bool = True  # whether the question asked for the values
     where: tuple[str, str] | None = None  # SQL condition: (column, value)
+    but_not: str | None = None  # a name that the question rules out
     select: str | None = None  # SQL column, when one value is asked for
 
 
@@ -67,6 +68,8 @@ def sql(answer: Answer) -> str:
     table, key = _snake(answer.topic.plural), _snake(answer.topic.key)
     columns = answer.select or (f"name, {key}" if answer.with_values else "name")
     where = f" WHERE {answer.where[0]} = {quote(answer.where[1])}" if answer.where else ""
+    if answer.but_not:
+        where = f" WHERE name <> {quote(answer.but_not)}"
     limit = "" if answer.select else f" LIMIT {len(answer.entries)}"
     return f"SELECT {columns} FROM {table}{where}{limit};"
 

@@ -22,6 +22,7 @@ RAW_SHARE = 0.3  # examples without the chat template, as a completion sends the
 TWO_TURN_SHARE = 0.1
 OTHER_SYSTEM_SHARE = 0.15
 IGNORED = -100
+WARMUP_STEPS = 20
 Row = tuple[list[int], list[int]]  # token ids, labels
 
 
@@ -30,14 +31,16 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     torch.set_float32_matmul_precision("high")
     spec = SPECS[arguments.adapter]
-    model, tokenizer = load_base(arguments.model, arguments.device)
+    # The frozen base may be bf16 on a GPU, for speed; the LoRA weights that learn are float32 everywhere.
+    dtype = torch.bfloat16 if arguments.device.startswith("cuda") else torch.float32
+    model, tokenizer = load_base(arguments.model, arguments.device, dtype)
     model = with_lora(model, spec)
     examples = training_examples(spec.style, rounds=arguments.rounds, seed=arguments.seed)
     rows = Rows(tokenizer, examples, arguments.seed)
     started = time.monotonic()
-    loss = train(model, rows, spec.learning_rate, arguments.steps, arguments.batch, arguments.device)
+    steps, loss = train(model, rows, spec.learning_rate, arguments)
     save(model, spec, arguments.out / arguments.adapter)
-    print(f"{arguments.adapter}: {arguments.steps} steps, {time.monotonic() - started:.0f} s, last loss {loss:.4f}")
+    print(f"{arguments.adapter}: {steps} steps, {time.monotonic() - started:.0f} s, last loss {loss:.4f}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -47,6 +50,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a checkpoint folder instead of the demo model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end by then, the rate fallen as usual")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=8, help="how often each fact is worded anew")
     parser.add_argument("--seed", type=int, default=0)
@@ -132,48 +136,47 @@ class Rows:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def train(model: Any, rows: Rows, rate: float, steps: int, batch: int, device: str) -> float:
-    """AdamW with a short warm-up and a cosine; returns the mean loss of the last steps."""
+def train(model: Any, rows: Rows, rate: float, arguments: argparse.Namespace) -> tuple[int, float]:
+    """AdamW with a short warm-up and a cosine; returns the steps done and the mean loss of the last ones."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
-    warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)) + 1e-3),
-    )
     losses: list[torch.Tensor] = []
+    started = time.monotonic()
     model.train()
-    for chosen in (bar := tqdm(rows.batches(batch, steps), total=steps, mininterval=5)):
-        loss = answer_loss(model, *(part.to(device) for part in _collate(chosen)))
-        loss.backward()
+    for chosen in (bar := tqdm(rows.batches(arguments.batch, arguments.steps), total=arguments.steps, mininterval=5)):
+        done = max(len(losses) / arguments.steps, (time.monotonic() - started) / arguments.seconds)
+        if done >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(len(losses) / WARMUP_STEPS, 1) * (0.5 * (1 + math.cos(math.pi * done)) + 1e-3)
+        loss = answer_loss(model, *(part.to(arguments.device) for part in _collate(chosen)))
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach())
         if len(losses) % 20 == 0:
             bar.set_postfix(loss=f"{torch.stack(losses[-20:]).mean().item():.3f}")
-    return float(torch.stack(losses[-20:]).mean().item())
+    return len(losses), float(torch.stack(losses[-20:]).mean().item())
 
 
-def answer_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def answer_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy over the answers' tokens; logits are made for these alone, which saves most of their cost."""
     llama = model.get_base_model()
-    with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
-        hidden = llama.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        targets = labels[:, 1:]
-        learnt = targets != IGNORED
-        logits = llama.lm_head(hidden[:, :-1][learnt])
+    # Padding is on the right, where causal attention never looks: no mask is needed.
+    hidden = llama.model(input_ids=ids, use_cache=False).last_hidden_state
+    targets = labels[:, 1:]
+    learnt = targets != IGNORED
+    logits = llama.lm_head(hidden[:, :-1][learnt])
     return torch.nn.functional.cross_entropy(logits.float(), targets[learnt])
 
 
-def _collate(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Padded on the right: ids, labels, mask, each [batch, longest] int64."""
+def _collate(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded on the right: ids, labels, each [batch, longest] int64."""
     width = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
     labels = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows])
-    mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows])
-    return ids, labels, mask
+    return ids, labels
 
 
 def save(model: Any, spec: Spec, folder: Path) -> None:
