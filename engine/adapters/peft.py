@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from torch import Tensor
@@ -98,20 +99,19 @@ def _check_layers(binding: Binding, settings: LoraSettings, dims: ModelDims) -> 
 def _check_targets(binding: Binding, settings: LoraSettings, dims: ModelDims) -> None:
     """The config's targets and the file's tensors are the same set of modules."""
     targets = settings.targets
+    names = {binding.name(*key): key for key in product(range(dims.layers), range(len(LORA_MODULES)))}
     for target in targets.modules.names if isinstance(targets.modules, Names) else ():
-        if not any(ends_with(binding.name(*key), target) for key in binding.pairs):
+        if not any(ends_with(name, target) for name in names) and not targets.exclude.matches(target):
             raise invalid(
-                f"{CONFIG_FILE}: target_modules: {target!r} names no module that has tensors in {TENSORS_FILE} "
+                f"{CONFIG_FILE}: target_modules: {target!r} names no module that can be adapted here "
                 f"(supported: {', '.join(LORA_MODULES)})"
             )
-    for layer in range(dims.layers):
-        for module in range(len(LORA_MODULES)):
-            name = binding.name(layer, module)
-            wanted, found = targets.cover(name, layer), (layer, module) in binding.pairs
-            if wanted and not found:
-                raise invalid(f"{CONFIG_FILE} targets {name}, but {TENSORS_FILE} has no tensors for it")
-            if found and not wanted:
-                raise invalid(f"{TENSORS_FILE} has tensors for {name}, which {CONFIG_FILE} does not target")
+    for name, key in names.items():
+        wanted, found = targets.cover(name, key[0]), key in binding.pairs
+        if wanted and not found:
+            raise invalid(f"{CONFIG_FILE} targets {name}, but {TENSORS_FILE} has no tensors for it")
+        if found and not wanted:
+            raise invalid(f"{TENSORS_FILE} has tensors for {name}, which {CONFIG_FILE} does not target")
 
 
 def _check_module(

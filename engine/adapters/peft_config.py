@@ -95,7 +95,7 @@ def parse_settings(data: bytes) -> LoraSettings:
     raw = _load(data)
     _check_type(raw)
     for key, value in raw.items():
-        if key not in UNDERSTOOD | HARMLESS and value not in (None, False, "", [], {}):
+        if key not in UNDERSTOOD | HARMLESS and not _unset(value):
             raise _fault(key, REFUSED.get(key, UNKNOWN), value)
     _check_bias(raw.get("bias"))
     _check_init(raw.get("init_lora_weights"))
@@ -117,6 +117,10 @@ def _load(data: bytes) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise invalid(f"adapter_config.json: expected an object, found {_show(raw)}")
     return raw
+
+
+def _unset(value: Any) -> bool:
+    return value is None or value is False or value in ("", [], {})
 
 
 def _check_type(raw: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ TENSORS_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE)
 MAX_SOURCE = 1024
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(//|/?$)|(file|data|https?|s3|gs|hf):")
-_HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 
 
 def resolve_source(source: str, revision: str | None = None) -> Path:
@@ -107,12 +107,10 @@ def _exists(path: Path) -> bool:
 
 
 def _from_hub(repo: str, revision: str | None) -> Path:
-    from httpx import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -126,7 +124,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
         raise invalid(f"{asked}: neither a local folder nor a hub repository that can be seen from here") from None
     except RevisionNotFoundError:
         raise invalid(f"{asked}: the hub repository has no such revision") from None
-    except (LocalEntryNotFoundError, HTTPError, OSError) as error:
+    except Exception as error:  # the hub's client lets its HTTP library's errors through
         reason = _first_line(error)
         raise invalid(f"{asked}: there is no such local folder, and the hub cannot be reached ({reason})") from None
 

@@ -75,10 +75,12 @@ class Targets:
     layers: frozenset[int] | None = None  # None: every layer
 
     def cover(self, name: str, layer: int) -> bool:
-        """Whether the module of this name and layer is trained."""
-        if self.layers is not None and layer not in self.layers:
+        """Whether the module of this name and layer is trained. As in PEFT, `layers` do not touch full names."""
+        if self.exclude.matches(name):
             return False
-        return self.modules.matches(name) and not self.exclude.matches(name)
+        if isinstance(self.modules, Names) and name in self.modules.names:
+            return True
+        return (self.layers is None or layer in self.layers) and self.modules.matches(name)
 
 
 @dataclass(frozen=True, slots=True)
