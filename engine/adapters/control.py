@@ -124,6 +124,10 @@ class AdapterControl:
 
     # From the host to the arena
 
+    def take_evicted(self) -> list[int]:
+        """adapter_ids that left the arena: the worker forgets them before it gets the plan that was made last."""
+        return self._residency.take_evicted()
+
     def copy_planned(self, adapter_ids: Iterable[int], now: float) -> None:
         """A plan carries these loads."""
         self._copies.update((adapter_id, now) for adapter_id in adapter_ids)
@@ -140,11 +144,6 @@ class AdapterControl:
         self._residency.evict(adapter, "failed")
         adapter.error = reason
         return self._fail_requests(adapter, f"adapter '{adapter.name}' could not be copied to the device: {reason}")
-
-    def take_evicted(self) -> list[int]:
-        """adapter_ids that left the arena since the last call; the worker forgets them before the next plan runs."""
-        evicted, self._residency.evicted = self._residency.evicted, []
-        return evicted
 
     # Unloads
 

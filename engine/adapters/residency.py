@@ -39,12 +39,12 @@ class Residency:
     def __init__(self, arena: Arena, slots: Slots, limits: Limits) -> None:
         self.limits = limits
         self.evictions: Counter[str] = Counter()  # "tier/reason"
-        self.evicted: list[int] = []  # adapter_ids that left the arena, for the worker to forget
         self._arena = arena
         self._slots = slots
         self._resident: dict[int, Adapter] = {}  # with chunks, ready or being copied; by adapter_id
         self._idle: OrderedDict[int, Adapter] = OrderedDict()  # ready, without running sequences; oldest first
         self._host: dict[int, Adapter] = {}  # with pages held or reserved
+        self._evicted: list[int] = []  # adapter_ids that left the arena, for the worker to forget
         self._clock = 0
 
     @property
@@ -111,7 +111,12 @@ class Residency:
         self._arena.release(adapter.chunks)
         adapter.chunks, adapter.copying = [], False
         self.evictions[f"arena/{reason}"] += 1
-        self.evicted.append(adapter.adapter_id)
+        self._evicted.append(adapter.adapter_id)
+
+    def take_evicted(self) -> list[int]:
+        """adapter_ids that left the arena since the last call, in order."""
+        evicted, self._evicted = self._evicted, []
+        return evicted
 
     def in_flight(self, adapter: Adapter) -> bool:
         """Whether an uncommitted step has rows of the adapter."""

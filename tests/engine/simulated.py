@@ -262,8 +262,8 @@ class Driver:
     # Requests
 
     def submit(
-        self, prompt: list[int], adapter: str | None = None, *, n: int = 1, max_tokens: int = 8, salt: str | None = None,
-        priority: int = 0, **params: object,
+        self, prompt: list[int], adapter: str | None = None, *, n: int = 1, max_tokens: int = 8,
+        salt: str | None = None, priority: int = 0, **params: object,
     ) -> int:  # fmt: skip
         self._ids += 1
         submit = Submit(
@@ -300,6 +300,8 @@ class Driver:
         if plan is not None:
             self.flights.append(plan)
             self.plans.append(plan)
+            for gone in self.scheduler.adapters.take_evicted():
+                del self.worker.placed[gone]
             for load in plan.loads:
                 self.worker.load(load)
                 self.copying.append(load.adapter_id)
