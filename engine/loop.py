@@ -27,6 +27,7 @@ from engine.messages import (
 )
 from engine.pipeline import Flight, Pipeline
 from engine.scheduler import Scheduler
+from engine.steplog import StepLog
 from engine.types import AdapterInfo, EngineError, ErrorCode
 
 HEARTBEAT_SECONDS = 1.0
@@ -164,8 +165,11 @@ class EngineLoop:
     # Health
 
     async def _beat(self) -> None:
+        lines = StepLog(self._time())
         while True:
-            self._link.post(Heartbeat(stats=self._scheduler.stats(), hung=self._hung()))
+            stats = self._scheduler.stats()
+            lines.observe(stats, self._time())
+            self._link.post(Heartbeat(stats=stats, hung=self._hung()))
             await self._link.flush()
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
