@@ -1,4 +1,4 @@
-"""One log line about the running steps every few seconds, and none while nothing runs. Called by the loop's heartbeat."""
+"""One log line about the running steps every few seconds, none while nothing runs. Called by the loop's heartbeat."""
 
 import logging
 
