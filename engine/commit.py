@@ -67,7 +67,6 @@ class Committer:
 
     def _note_computed(self, sequence: Sequence, end: int) -> None:
         """The KV below `end` is committed: full blocks of it can be found by others."""
-        sequence.computed = end
         full = end // self._blocks.block_tokens
         if full > sequence.hashed:
             self._blocks.register(sequence.chain, sequence.tokens, sequence.blocks, sequence.hashed, full)

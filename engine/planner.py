@@ -149,7 +149,8 @@ class Planner:
         earlier: set[int] = set()
         for adapter in wanted:
             earlier.add(adapter.adapter_id)
-            if adapter.on_host and not adapter.chunks and not self._start_copy(draft, adapter, earlier):
+            wants_copy = adapter.on_host and not adapter.chunks and adapter.error is None
+            if wants_copy and not self._start_copy(draft, adapter, earlier):
                 draft.starved.add(adapter.adapter_id)
 
     def _start_copy(self, draft: Draft, adapter: Adapter, protect: Collection[int]) -> bool:
@@ -263,7 +264,6 @@ class Planner:
         if not request.prompt_done:
             request.cached_tokens = sequence.planned
             self._recorder.queued(now - request.submitted)
-        self._roster.tally(sequence.adapter).cached_tokens += sequence.planned
 
     # The plan
 

@@ -69,7 +69,7 @@ class Roster:
         sequence.admission += 1
         sequence.overtaken = 0
         sequence.blocks = blocks
-        sequence.planned = sequence.computed = cached
+        sequence.planned = cached
         sequence.told_blocks, sequence.hashed = 0, cached // self._blocks.block_tokens
         self.running[sequence.sequence_id] = sequence
         tally = self.tally(sequence.adapter)
@@ -80,7 +80,7 @@ class Roster:
     def preempt(self, sequence: Sequence) -> None:
         """Takes a running sequence's row, slot and blocks; it will compute its tokens anew."""
         self._leave(sequence)
-        sequence.planned = sequence.computed = 0
+        sequence.planned = 0
         sequence.state = SequenceState.WAITING
         self.tally(sequence.adapter).waiting += 1
         self.queue.push(sequence)

@@ -154,6 +154,7 @@ class Scheduler:
             raise EngineError(ErrorCode.QUEUE_FULL, f"the queue is full: {limit} requests wait already")
         if adapter is not None:
             adapter.used_at, adapter.error = now, None  # naming it again tries a failed load again
+            self.counters.add("adapter_hits" if adapter.ready else "adapter_misses")
         self._roster.accept(command, adapter, self._stops(command), now)
 
     def abort(self, request_id: int, choice: int | None, now: float) -> list[SequenceOutput]:

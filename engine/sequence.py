@@ -33,7 +33,7 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One choice. Token positions below `planned` have their KV in a planned step, below `computed` in a committed one.
+    """One choice. Token positions below `planned` have their KV in a planned step.
 
     `pending` tokens are sampled by steps that have not committed; their ids are unknown to the host.
     """
@@ -54,7 +54,6 @@ class Sequence:
     slot: int = -1
     admission: int = 0  # how often it was admitted; a step of an earlier admission says nothing of today's blocks
     planned: int = 0
-    computed: int = 0
     pending: int = 0
     outputs: int = 0  # tokens committed or pending
     blocks: list[int] = field(default_factory=list)

@@ -12,12 +12,11 @@ from engine.types import AdapterInfo, AdapterState, EngineError, ErrorCode
 
 @dataclass(slots=True)
 class Tally:
-    """Sequences and tokens of one adapter, or of the base. The first four only grow."""
+    """Sequences and tokens of one adapter, or of the base. The first three only grow."""
 
     requests: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    cached_tokens: int = 0
     waiting: int = 0  # accepted, without a state row
     running: int = 0  # with a state row
 

@@ -168,6 +168,7 @@ class AdapterControl:
             self._residency.evict(adapter, "unload")
         self._residency.unhost(adapter)
         self.catalog.remove(adapter)
+        self._recorder.add("drains")
         return adapter.adapter_id
 
     # Pins
