@@ -1,76 +1,93 @@
 """Server-sent events over one answer: encoding, errors before and after the first byte, and a client that goes away."""
 
-import contextlib
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 
 import msgspec
 import orjson
-from starlette.responses import Response
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
 from gateway.disconnect import ClientGone, unless_gone
 from gateway.errors import ApiError, error_response, to_api_error
 
-DONE = b"data: [DONE]\n\n"
-HEADERS = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would hold events back
-)
+PING_SECONDS = 15.0
+LINE_END = "\n"
+HEADERS = {"cache-control": "no-cache"}  # the response itself adds those against buffering
 
 log = logging.getLogger(__name__)
 
 
 def event(data: msgspec.Struct) -> bytes:
     """One event."""
-    return b"data: %b\n\n" % msgspec.json.encode(data)
+    return _encode(msgspec.json.encode(data).decode())
 
 
 def error_event(error: ApiError) -> bytes:
     """The event that tells of a failure after the first byte."""
-    return b"data: %b\n\n" % orjson.dumps(error.body())
+    return _encode(orjson.dumps(error.body()).decode())
 
 
-class EventStream(Response):
-    """Sends encoded events as they come, `[DONE]` behind them.
+class EventStream(EventSourceResponse):
+    """Sends encoded events as they come, `[DONE]` behind them, and comments that keep a silent connection open.
 
-    The answer starts with the first event, so that an error before it still has its own status. The generator is closed
-    when the stream ends, fails or is abandoned.
+    The answer starts with the first event, so that an error before it still has its own status; where none comes for
+    so long that a proxy might give up, it starts without. The generator is closed when the stream ends, fails or is
+    abandoned.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
-        self.status_code = 200
-        self.background = None
-        self.body = b""
-        self.raw_headers = list(HEADERS)
+    def __init__(self, events: AsyncGenerator[bytes, None], *, ping: float = PING_SECONDS) -> None:
+        super().__init__(self._body(), headers=HEADERS, ping=ping, ping_message_factory=_ping, sep=LINE_END)
         self._events = events
+        self._first: asyncio.Task[bytes] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with contextlib.suppress(ClientGone):
-            await unless_gone(receive, self._answer(scope, receive, send))
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with contextlib.aclosing(self._events) as events:
-            try:
-                first = await anext(events, b"")
-            except Exception as error:
-                await error_response(_known(error))(scope, receive, send)
-                return
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._send(send, first)
-            await self._send_rest(events, send)
-
-    async def _send_rest(self, events: AsyncGenerator[bytes, None], send: Send) -> None:
+        self._first = asyncio.create_task(_next(self._events))
         try:
-            async for data in events:
-                await self._send(send, data)
+            await unless_gone(receive, self._begin())
+        except ClientGone:
+            return
         except Exception as error:
-            await self._send(send, error_event(_known(error)))
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            await error_response(_known(error))(scope, receive, send)
+            return
+        else:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._first.cancel()
+            await asyncio.gather(self._first, return_exceptions=True)
+            await self._events.aclose()
 
-    async def _send(self, send: Send, data: bytes) -> None:
-        await send({"type": "http.response.body", "body": data, "more_body": True})
+    async def _begin(self) -> None:
+        """Until the first event is there. Raises what failed before it."""
+        assert self._first is not None
+        done, _ = await asyncio.wait({self._first}, timeout=self.ping_interval)
+        for task in done:
+            task.result()
+
+    async def _body(self) -> AsyncGenerator[bytes, None]:
+        assert self._first is not None
+        try:
+            if first := await self._first:
+                yield first
+            async for data in self._events:
+                yield data
+        except Exception as error:
+            yield error_event(_known(error))
+        yield _encode("[DONE]")
+
+
+async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
+    """The next event; empty where there is none."""
+    return await anext(events, b"")
+
+
+def _encode(data: str) -> bytes:
+    return ServerSentEvent(data, sep=LINE_END).encode()
+
+
+def _ping() -> ServerSentEvent:
+    return ServerSentEvent(comment="ping", sep=LINE_END)
 
 
 def _known(error: Exception) -> ApiError:
