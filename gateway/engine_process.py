@@ -107,8 +107,9 @@ async def _end(process: Process | None, folder: Path) -> int:
     """Kills the process's whole session and clears its folder."""
     code = 0
     if process is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         code = await process.wait()
     shutil.rmtree(folder, ignore_errors=True)
     return code

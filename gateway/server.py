@@ -6,7 +6,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 import uvicorn
@@ -14,6 +14,7 @@ import uvloop
 
 from gateway.app import create_app
 from gateway.banner import summary
+from gateway.engine_process import COMMAND
 from gateway.logs import configure_logging
 from gateway.metrics import Metrics
 from gateway.settings import Settings, SettingsError
@@ -49,10 +50,10 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def serve(settings: Settings, listener: socket.socket, supervisor: Supervisor | None = None) -> int:
-    """Starts the engine, serves on `listener`, and stops both when a signal comes."""
+async def serve(settings: Settings, listener: socket.socket, command: Sequence[str] = COMMAND) -> int:
+    """Starts the engine by `command`, serves on `listener`, and stops both when a signal comes."""
     metrics = Metrics()
-    supervisor = supervisor or Supervisor(settings, metrics)
+    supervisor = Supervisor(settings, metrics, command=command)
     with stop_signals() as signals:
         try:
             gateway = await unless_set(signals.first, supervisor.start())
@@ -60,12 +61,12 @@ async def serve(settings: Settings, listener: socket.socket, supervisor: Supervi
                 return 128 + signals.number
             app = create_app(gateway, settings, metrics)
             server = Server(app, settings, lambda: announce(summary(gateway, listener.getsockname())))
-            watch = asyncio.create_task(supervisor.run(lambda new: setattr(app.state, "gateway", new)))
+            watch = supervisor.watch(lambda new: setattr(app.state, "gateway", new))
             watch.add_done_callback(server.give_up)
             stopper = asyncio.create_task(_stop(signals, server, supervisor, settings.shutdown_timeout))
             await server.serve(sockets=[listener])
-            watch.cancel()
             stopper.cancel()
+            await asyncio.gather(stopper, return_exceptions=True)
             return server.exit_code
         finally:
             await supervisor.stop()

@@ -1,6 +1,6 @@
 """Keeps one engine running: notices that it died or hangs, and starts another with what was served.
 
-A `Gateway` belongs to one engine, so that no request meets another engine's adapter ids; `run` publishes each new one.
+A `Gateway` belongs to one engine, so that no request meets another engine's adapter ids; each new one is published.
 """
 
 import asyncio
@@ -25,14 +25,15 @@ from gateway.tokenizer import TokenizerError
 SILENCE_SECONDS = 10.0  # without a heartbeat for so long, an engine is taken for hung
 CHECK_SECONDS = 1.0
 RESTART_SECONDS = 600.0  # a restart that takes longer has failed
-LONGEST_BACKOFF = 30.0  # seconds
+FIRST_BACKOFF = 1.0  # seconds; doubles with each try
+LONGEST_BACKOFF = 30.0
 STEADY_SECONDS = 60.0  # an engine that lived so long died of something new
 
 log = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """`start` once, then `run` until cancelled, then `stop`."""
+    """`start` once, then `watch`, then `stop`."""
 
     def __init__(
         self,
@@ -42,15 +43,18 @@ class Supervisor:
         command: Sequence[str] = COMMAND,
         silence: float = SILENCE_SECONDS,
         check: float = CHECK_SECONDS,
+        backoff: float = FIRST_BACKOFF,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
         self._command = command
         self._silence = silence
         self._check = check
+        self._backoff = backoff
         self._config = settings.engine  # what the next start is given
         self._process: EngineProcess | None = None
         self._prompts: PromptEncoder | None = None
+        self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> Gateway:
         """The first start.
@@ -60,8 +64,23 @@ class Supervisor:
         """
         return self._adopt(await EngineProcess.start(self._config, self._command))
 
-    async def run(self, publish: Callable[[Gateway], None]) -> None:
-        """Watches the engine and replaces it as often as needed; `publish` gets each new gateway."""
+    def watch(self, publish: Callable[[Gateway], None]) -> "asyncio.Task[None]":
+        """Watches the engine and replaces it as often as needed; `publish` gets each new gateway.
+
+        The task ends with `stop`; where it ends before, that is a fault of ours.
+        """
+        self._watch = asyncio.create_task(self._run(publish), name="supervisor")
+        return self._watch
+
+    async def stop(self) -> None:
+        """Ends the engine, whatever state it is in, for good. What it has not answered fails."""
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        if self._process is not None:
+            await self._process.stop()
+
+    async def _run(self, publish: Callable[[Gateway], None]) -> None:
         while True:
             process = self._running()
             since = self._now()
@@ -71,11 +90,6 @@ class Supervisor:
             self._metrics.engine_lost()
             log.error("the engine is lost: %s (exit status %d); starting it again", reason, code)
             publish(await self._restart(quick=self._now() - since < STEADY_SECONDS))
-
-    async def stop(self) -> None:
-        """Ends the engine, whatever state it is in. What it still answers fails."""
-        if self._process is not None:
-            await self._process.stop()
 
     async def _until_lost(self, client: EngineClient) -> str:
         while not client.closed.is_set():
@@ -90,14 +104,14 @@ class Supervisor:
         return "its process ended"
 
     async def _restart(self, *, quick: bool) -> Gateway:
-        delay = 1.0 if quick else 0.0
+        delay = self._backoff if quick else 0.0
         while True:
             await asyncio.sleep(delay)
             try:
                 async with asyncio.timeout(RESTART_SECONDS):
                     gateway = self._adopt(await self._start_again())
             except (EngineError, TimeoutError) as error:
-                delay = min(LONGEST_BACKOFF, max(1.0, delay * 2))
+                delay = min(LONGEST_BACKOFF, max(self._backoff, delay * 2))
                 log.error("the engine could not be started again (next try in %.0f s): %s", delay, error)
             else:
                 log.warning("the engine serves again, with %d adapters", len(gateway.client.adapters))

@@ -1,0 +1,219 @@
+"""An engine process that dies, hangs or refuses, and what its supervisor does about it."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from engine.config import EngineConfig, LoraPath
+from engine.types import EngineError, ErrorCode, SamplingParams
+from gateway.engine_process import EngineProcess
+from gateway.metrics import Metrics
+from gateway.settings import Settings
+from gateway.state import Gateway
+from gateway.supervisor import Supervisor
+from tests.gateway.tokenizer_files import write_folder
+
+SCRIPT = str(Path(__file__).with_name("fake_engine_process.py"))
+PARAMS = SamplingParams(max_tokens=10, seed=0)
+
+
+@dataclass
+class Lives:
+    """The engines that were started, in order."""
+
+    log: Path
+
+    def command(self, lives: str) -> tuple[str, ...]:
+        return (sys.executable, SCRIPT, "--lives", lives, "--log", str(self.log))
+
+    def _lines(self) -> list[list[str]]:
+        return [line.split(" ", 1) for line in self.log.read_text().splitlines()]
+
+    @property
+    def pids(self) -> list[int]:
+        return [int(pid) for pid, _ in self._lines()]
+
+    @property
+    def configs(self) -> list[EngineConfig]:
+        return [msgspec.json.decode(config, type=EngineConfig) for _, config in self._lines()]
+
+
+@pytest.fixture
+def lives(tmp_path: Path) -> Lives:
+    return Lives(tmp_path / "lives")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EngineConfig:
+    return EngineConfig(
+        model_path=str(write_folder(tmp_path / "model")), lora_paths=(LoraPath(name="sql", path="/sql"),)
+    )
+
+
+class Watched:
+    """A supervisor at work, with the gateways that it published."""
+
+    def __init__(self, config: EngineConfig, command: tuple[str, ...], silence: float = 5.0) -> None:
+        self.metrics = Metrics()
+        self.supervisor = Supervisor(
+            Settings(engine=config), self.metrics, command=command, silence=silence, check=0.02, backoff=0.01
+        )
+        self.published: asyncio.Queue[Gateway] = asyncio.Queue()
+
+    async def __aenter__(self) -> Gateway:
+        gateway = await self.supervisor.start()
+        self.supervisor.watch(self.published.put_nowait)
+        return gateway
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.supervisor.stop()
+
+    async def next(self) -> Gateway:
+        async with asyncio.timeout(15):
+            return await self.published.get()
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+async def test_it_starts_and_leaves_nothing(config: EngineConfig, lives: Lives) -> None:
+    async with Watched(config, lives.command("ready")) as gateway:
+        assert gateway.client.alive
+        assert list(gateway.client.adapters) == ["sql"]
+        assert gateway.prompts.tokenizer.encode("hello", add_special_tokens=False)
+        assert lives.configs == [config]
+    assert is_gone(lives.pids[0])
+
+
+async def test_a_refusal_is_raised_with_its_reason(config: EngineConfig, lives: Lives) -> None:
+    with pytest.raises(EngineError, match="the reason"):
+        await EngineProcess.start(config, lives.command("refuse"))
+    assert is_gone(lives.pids[0])
+
+
+async def test_a_death_at_start_is_told_with_its_exit_code(config: EngineConfig, lives: Lives) -> None:
+    with pytest.raises(EngineError, match="exit code 3") as caught:
+        await EngineProcess.start(config, lives.command("exit"))
+    assert caught.value.code is ErrorCode.ENGINE_DEAD
+
+
+async def test_a_cancelled_start_leaves_no_process(config: EngineConfig, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    code = f"import os, time; open({str(pid)!r}, 'w').write(f'{{os.getpid()}}.'); time.sleep(60)"
+    start = asyncio.create_task(EngineProcess.start(config, (sys.executable, "-c", code)))
+    async with asyncio.timeout(10):
+        while not (pid.exists() and pid.read_text().endswith(".")):  # noqa: ASYNC110 - another process writes it
+            await asyncio.sleep(0.01)
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert is_gone(int(pid.read_text().rstrip(".")))
+
+
+async def test_a_broken_tokenizer_is_a_start_error(config: EngineConfig, lives: Lives, tmp_path: Path) -> None:
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    supervisor = Supervisor(Settings(engine=config), Metrics(), command=lives.command("ready"))
+    with pytest.raises(EngineError, match=r"tokenizer\.json"):
+        await supervisor.start()
+    await supervisor.stop()
+    assert is_gone(lives.pids[0])
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "/no/such/file"])
+async def test_a_broken_template_is_a_start_error(config: EngineConfig, lives: Lives, template: str) -> None:
+    settings = Settings(engine=config, chat_template=template)
+    supervisor = Supervisor(settings, Metrics(), command=lives.command("ready"))
+    with pytest.raises(EngineError, match="template"):
+        await supervisor.start()
+    await supervisor.stop()
+
+
+async def test_a_dead_engine_is_replaced_with_what_was_served(config: EngineConfig, lives: Lives) -> None:
+    watched = Watched(config, lives.command("ready"))
+    async with watched as gateway:
+        await gateway.client.load_adapter("new", "org/new", pinned=True)
+        await gateway.client.load_adapter("brief", "org/brief")
+        await gateway.client.unload_adapter("brief")
+        await gateway.client.pin_adapter("sql", True)
+        os.kill(lives.pids[0], signal.SIGKILL)
+        again = await watched.next()
+        assert not gateway.client.alive
+        assert again.client.alive
+        restored = {name: (a.source, a.pinned) for name, a in again.client.adapters.items()}
+        assert restored == {"sql": ("/sql", True), "new": ("org/new", True)}
+        second = lives.configs[1]
+        assert (second.max_lora_rank, second.lora_target_modules, second.enable_lora) == (64, ("q_proj",), True)
+        os.kill(lives.pids[1], signal.SIGKILL)
+        assert set((await watched.next()).client.adapters) == {"sql", "new"}
+    assert all(map(is_gone, lives.pids))
+
+
+async def test_open_requests_fail_when_the_engine_dies(config: EngineConfig, lives: Lives) -> None:
+    watched = Watched(config, lives.command("ready"))
+    async with watched as gateway:
+        async with gateway.client.generate(prompt=[5], params=PARAMS) as generation:
+            outputs = aiter(generation)
+            assert (await anext(outputs))[0].tokens == [5]
+            os.kill(lives.pids[0], signal.SIGKILL)
+            with pytest.raises(EngineError) as caught:
+                await anext(outputs)
+        assert caught.value.code is ErrorCode.ENGINE_DEAD
+        await watched.next()
+        with pytest.raises(EngineError):  # the old gateway never speaks to the new engine
+            gateway.client.generate(prompt=[5], params=PARAMS)
+
+
+@pytest.mark.parametrize("kind", ["silent", "hung"])
+async def test_a_hung_engine_is_killed_and_replaced(config: EngineConfig, lives: Lives, kind: str) -> None:
+    watched = Watched(config, lives.command(f"{kind},ready"), silence=0.5)
+    async with watched:
+        again = await watched.next()
+        assert again.client.alive
+        assert is_gone(lives.pids[0])
+
+
+async def test_a_start_that_fails_is_tried_again(config: EngineConfig, lives: Lives) -> None:
+    watched = Watched(config, lives.command("ready,exit,exit,ready"))
+    async with watched:
+        os.kill(lives.pids[0], signal.SIGKILL)
+        await watched.next()
+        assert len(lives.pids) == 4
+
+
+async def test_an_adapter_that_loads_no_more_does_not_keep_the_server_down(config: EngineConfig, lives: Lives) -> None:
+    config = msgspec.structs.replace(config, lora_paths=(*config.lora_paths, LoraPath(name="bad", path="/broken")))
+    watched = Watched(config, lives.command("ready,picky"))
+    async with watched:
+        os.kill(lives.pids[0], signal.SIGKILL)
+        assert list((await watched.next()).client.adapters) == ["sql"]
+        assert [len(given.lora_paths) for given in lives.configs] == [2, 2, 0]
+
+
+async def test_the_engine_gets_no_secret(config: EngineConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LORAMUX_API_KEY", "s3cret")
+    code = f"import os; open({str(tmp_path / 'env')!r}, 'w').write(str(dict(os.environ)))"
+    with pytest.raises(EngineError):
+        await EngineProcess.start(config, (sys.executable, "-c", code))
+    assert "s3cret" not in (tmp_path / "env").read_text()
+
+
+@pytest.fixture(autouse=True)
+async def no_leftover_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """Sockets lie in folders of their own, which go with their engine."""
+    folder = tmp_path / "t"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    yield
+    assert list(folder.iterdir()) == []
