@@ -4,7 +4,7 @@ A released chunk is free only when the last step that refers to it has committed
 """
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class ChunkUse(enum.StrEnum):
@@ -30,6 +30,7 @@ class Arena:
         self._last_step = [0] * num_chunks
         self._leaving: dict[int, list[int]] = {}  # step -> chunks that are free once it has committed
         self._coming = 0
+        self.on_free: Callable[[int], None] = _ignore  # told of each chunk as it becomes free; for tests
 
     @property
     def free(self) -> int:
@@ -105,3 +106,8 @@ class Arena:
     def _make_free(self, chunk: int) -> None:
         self.set_use(chunk, ChunkUse.FREE)
         self._free.append(chunk)
+        self.on_free(chunk)
+
+
+def _ignore(chunk: int) -> None:
+    """Nobody wants to know."""

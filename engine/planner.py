@@ -7,6 +7,7 @@ a step to commit is passed over; memory alone stops the queue, so that long prom
 import enum
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from engine.adapters.catalog import Adapter
 from engine.adapters.residency import Residency
@@ -27,7 +28,7 @@ class PlanLimits:
     chunk: int  # a step's tokens as long as decodes leave some of them to prompts
     least: int  # what prompts get in any case
     chunking: bool  # a prompt may be computed in several steps
-    max_wanted: int  # waiting adapters, in queue order, that are loaded ahead of a slot
+    max_wanted: int  # waiting adapters on the host, in queue order, that are copied ahead of a slot
     patience: int  # admissions that may pass a sequence before a slot or memory is reserved for it
 
 
@@ -145,7 +146,7 @@ class Planner:
 
     def _load(self, draft: Draft, pinned: Collection[Adapter]) -> None:
         """Starts copies: pinned adapters, then those wanted first in the queue, none at the cost of an earlier one."""
-        wanted = [*pinned, *(s.adapter for s in self._roster.queue.heads(self._limits.max_wanted) if s.adapter)]
+        wanted = [*pinned, *self._roster.queue.wanted(self._limits.max_wanted, attrgetter("on_host"))]
         earlier: set[int] = set()
         for adapter in wanted:
             earlier.add(adapter.adapter_id)
@@ -270,7 +271,9 @@ class Planner:
     def _row(self, draft: Draft, sequence: Sequence, length: int) -> None:
         start, blocks, told = sequence.planned, sequence.blocks, sequence.told_blocks
         end, params = start + length, sequence.params
-        sample = params.max_tokens > 0 and end == len(sequence.tokens) + sequence.pending
+        last = end == len(sequence.tokens) + sequence.pending
+        sample = last and params.max_tokens > 0
+        self._count["prompt_chunks"] += not last  # parts of prompts that did not fit a step whole
         row = SequenceStep(
             row=sequence.row,
             sequence_id=sequence.sequence_id,

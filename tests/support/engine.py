@@ -60,10 +60,15 @@ class LocalEngine:
 
 
 @contextlib.asynccontextmanager
-async def local_engine(config: EngineConfig) -> AsyncIterator[LocalEngine]:
-    """Starts an engine, checks at the end that it is idle with every invariant intact, and stops it."""
+async def local_engine(config: EngineConfig, *, poison: bool = True) -> AsyncIterator[LocalEngine]:
+    """Starts an engine, checks at the end that it is idle with every invariant intact, and stops it.
+
+    `poison`: chunks are filled with NaN as they become free, so that whoever still reads them gives itself away.
+    """
     gateway_end, engine_end = memory_pair()
     engine = await build(config, engine_end)
+    if poison:
+        engine.scheduler._arena.on_free = lambda chunk: engine.worker.poison((chunk,))
     running = asyncio.create_task(engine.run())
     client = await EngineClient.over(gateway_end)
     local = LocalEngine(engine, client)
