@@ -50,7 +50,7 @@ class Draft:
     rows: list[tuple[int, bool, int, SequenceStep, Sequence]] = field(default_factory=list)
     loads: list[AdapterLoad] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
-    tight: bool = False  # a running sequence found no block: nothing new is started
+    tight: bool = False  # a running sequence found no block: nothing new is started, no preempted one comes back
     starved: set[int] = field(default_factory=set)  # adapter_ids whose load found no memory
     passed: list[Sequence] = field(default_factory=list)  # heads passed over for a slot or for their load's memory
     skips: dict[str, int] = field(default_factory=dict)
@@ -181,8 +181,6 @@ class Planner:
 
     def _judge(self, draft: Draft, sequence: Sequence) -> Verdict:
         """Whether the head may be admitted as far as its adapter is concerned."""
-        if sequence.last_step > self._arena.committed:
-            return Verdict.STOP  # preempted, and its last step is still under way
         adapter = sequence.adapter
         if adapter is None:
             return Verdict.ADMITTED

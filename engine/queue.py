@@ -3,7 +3,7 @@
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 from engine.adapters.catalog import Adapter
 from engine.sequence import Request, Sequence
@@ -62,10 +62,11 @@ class WaitingQueue:
         """The adapter's waiting sequences in order; not to be changed."""
         return self._lines.get(adapter, [])
 
-    def heads(self, count: int) -> list[Sequence]:
-        """The first waiting sequence of each of the first `count` distinct adapters, in order; the base is left out."""
-        lines = (line[0] for adapter, line in self._lines.items() if adapter is not None)
-        return heapq.nsmallest(count, lines, key=_key)
+    def wanted(self, count: int, where: Callable[[Adapter], bool]) -> list[Adapter]:
+        """The first `count` distinct adapters for which `where` holds, in the order of their first sequences."""
+        lines = ((line[0].key, adapter) for adapter, line in self._lines.items() if adapter is not None)
+        first = heapq.nsmallest(count, (line for line in lines if where(line[1])), key=itemgetter(0))
+        return [adapter for _, adapter in first]
 
     def wanted_before(self, adapter: Adapter) -> set[int]:
         """adapter_ids with a waiting sequence earlier than any of this adapter's; all that wait if it has none."""

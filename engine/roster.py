@@ -63,6 +63,7 @@ class Roster:
 
     def admit(self, sequence: Sequence, blocks: list[int], cached: int) -> None:
         """Gives a sequence that the caller took from the queue a row and a slot; `cached` tokens need no computing."""
+        assert not sequence.pending, "a preempted sequence came back before its last step had committed"
         sequence.row = heapq.heappop(self._rows)
         sequence.slot = -1 if sequence.adapter is None else self._residency.acquire(sequence.adapter)
         sequence.state = SequenceState.RUNNING

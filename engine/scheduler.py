@@ -26,6 +26,8 @@ from engine.types import EngineError, ErrorCode, FinishReason
 
 MAX_AHEAD = 2  # uncommitted plans: the one that runs, and one beyond it
 
+MIN_FETCHES = 4  # sources read at once for waiting sequences: this many, or as many as there are slots
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
@@ -120,7 +122,7 @@ class Scheduler:
         self._roster = Roster(config.max_running, queue, self._blocks, self._memory, self._residency)
         self.adapters = AdapterControl(
             Catalog(enabled=config.enable_lora, first_id=config.first_adapter_id), self._residency, self._roster,
-            self.counters, max_wanted=config.max_slots, block_tokens=config.block_tokens,
+            self.counters, max_fetches=max(config.max_slots, MIN_FETCHES), block_tokens=config.block_tokens,
             chunk_bytes=config.chunk_bytes, unix_offset=config.unix_offset,
         )  # fmt: skip
         limits = PlanLimits(

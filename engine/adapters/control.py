@@ -19,13 +19,13 @@ class AdapterControl:
 
     def __init__(
         self, catalog: Catalog, residency: Residency, roster: Roster, recorder: Recorder,
-        *, max_wanted: int, block_tokens: int, chunk_bytes: int, unix_offset: float = 0.0,
+        *, max_fetches: int, block_tokens: int, chunk_bytes: int, unix_offset: float = 0.0,
     ) -> None:  # fmt: skip
         self.catalog = catalog
         self._residency = residency
         self._roster = roster
         self._recorder = recorder
-        self._max_wanted = max_wanted
+        self._max_fetches = max_fetches
         self._block_tokens = block_tokens
         self._chunk_bytes = chunk_bytes
         self._unix_offset = unix_offset
@@ -76,10 +76,9 @@ class AdapterControl:
 
         Pinned ones first, then those that waiting sequences want, in queue order, as far as the host can take them.
         """
-        heads = self._roster.queue.heads(self._max_wanted)
-        wanted = [*self.pinned, *(head.adapter for head in heads if head.adapter)]
+        absent = self._roster.queue.wanted(self._max_fetches, lambda adapter: not adapter.on_host)
         fetches: list[int] = []
-        for adapter in wanted:
+        for adapter in [*self.pinned, *absent]:
             if adapter.fetchable and self._may_fetch(adapter):
                 adapter.fetching = True
                 fetches.append(adapter.adapter_id)

@@ -8,7 +8,7 @@ the arena calls free are poisoned. Loads write as soon as they are planned, step
 import random
 import zlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from engine.adapters.catalog import Hosted
@@ -184,7 +184,7 @@ class Driver:
         self.scheduler = Scheduler(config)
         self.worker = SimulatedWorker(config)
         self.overlap = overlap
-        self.late_loads = late_loads  # loads and fetches end only when told: see `finish_loads`
+        self.late_loads = late_loads  # loads and fetches end only when told
         self.flights: deque[StepPlan] = deque()
         self.plans: list[StepPlan] = []
         self.copying: list[int] = []
@@ -226,7 +226,7 @@ class Driver:
         self.scheduler.adapters.finish_unload(name)
         self.check()
 
-    def _read(self, adapter_id: int) -> bool:
+    def _read(self, adapter_id: int) -> None:
         name = self.scheduler.adapters.catalog.get(adapter_id).name
         content, pages = self.sources[name]
         for gone in self.scheduler.adapters.make_host_room(adapter_id, pages):
@@ -236,28 +236,33 @@ class Driver:
         for followed in self.requests.values():  # a source that changed while they waited serves them anew
             if followed.content is not None and followed.content.split("/")[0] == name and not self._begun(followed):
                 followed.content = content
-        return True
 
     def _begun(self, followed: Followed) -> bool:
         request = self.scheduler._roster.requests.get(followed.submit.request_id)
         return request is None or request.started
 
-    def finish_loads(self, count: int | None = None) -> bool:
-        """Ends copies to the device and fetches from sources, all or the first so many."""
-        done = self.copying[:count]
+    def finish_copies(self, count: int | None = None) -> bool:
+        """Ends copies to the device, all or the first so many."""
+        done, self.copying = self.copying[:count], self.copying[len(self.copying[:count]) :]
         for adapter_id in done:
-            self.copying.remove(adapter_id)
             self.scheduler.adapters.load_done(adapter_id, self.now)
-        for adapter_id in self.fetching[:count]:
-            self.fetching.remove(adapter_id)
-            try:
-                self._read(adapter_id)
-            except HostFullError:
-                self.scheduler.adapters.host_postponed(adapter_id)
-            else:
-                done.append(adapter_id)
         self.check()
         return bool(done)
+
+    def finish_fetches(self, count: int | None = None) -> bool:
+        """Ends fetches from sources; False when none brought anything."""
+        due, self.fetching = self.fetching[:count], self.fetching[len(self.fetching[:count]) :]
+        done = [self._fetched(adapter_id) for adapter_id in due]
+        self.check()
+        return any(done)
+
+    def _fetched(self, adapter_id: int) -> bool:
+        try:
+            self._read(adapter_id)
+        except HostFullError:
+            self.scheduler.adapters.host_postponed(adapter_id)
+            return False
+        return True
 
     # Requests
 
@@ -321,7 +326,7 @@ class Driver:
     def step(self) -> bool:
         """One turn of the loop; False when nothing happened."""
         planned = len(self.flights) < (2 if self.overlap else 1) and self.plan()
-        loaded = not self.late_loads and self.finish_loads()
+        loaded = not self.late_loads and (self.finish_copies() | self.finish_fetches())
         full = len(self.flights) == (2 if self.overlap else 1)
         committed = (full or not planned) and self.commit()
         return planned or loaded or committed
@@ -332,6 +337,13 @@ class Driver:
             if not self.step():
                 break
         assert self.scheduler.idle, "work is left, but nothing happens"
+
+    def run_until(self, condition: Callable[[], bool], limit: int = 1000) -> None:
+        for _ in range(limit):
+            if condition():
+                return
+            self.step()
+        raise AssertionError("it never happened")
 
     def _take(self, outputs: list[SequenceOutput]) -> None:
         for output in outputs:

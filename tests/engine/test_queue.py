@@ -71,11 +71,12 @@ def test_a_skipped_adapter_is_passed_over_whole_and_stays() -> None:
     assert drain(queue) == [0, 20]
 
 
-def test_heads_are_the_first_distinct_adapters_in_order() -> None:
+def test_wanted_are_the_first_distinct_adapters_in_order() -> None:
     queue = WaitingQueue(first_come_first_served)
     for arrival, adapter in enumerate([0, 3, 3, 1, 2]):
         queue.push(waiting(arrival, ADAPTERS[adapter]))
-    assert [head.sequence_id for head in queue.heads(2)] == [10, 30]
+    assert queue.wanted(2, lambda adapter: True) == [ADAPTERS[3], ADAPTERS[1]]
+    assert queue.wanted(2, lambda adapter: adapter.adapter_id != 1) == [ADAPTERS[3], ADAPTERS[2]]
     assert queue.wanted_before(ADAPTERS[2]) == {3, 1}  # type: ignore[arg-type]
     stranger = Adapter(9, "s", "", None, False, 0.0)
     assert queue.wanted_before(stranger) == {1, 2, 3}
