@@ -1,4 +1,4 @@
-"""What is served, one entry an operation; `generate.py` makes openapi.yaml of it. A test holds it against the routes."""
+"""What is served, one entry an operation; `generate.py` makes openapi.yaml of it. A test compares it with the app."""
 
 from dataclasses import dataclass
 from typing import Any
