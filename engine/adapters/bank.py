@@ -96,6 +96,10 @@ class AdapterBank:
             self._building = adapter_ids
             self._thread.submit(lambda: self._build_stack(adapter_ids))
 
+    def close(self) -> None:
+        """Ends the background thread."""
+        self._thread.close()
+
     def poison(self, chunks: Sequence[int]) -> None:
         """Fills freed chunks with NaN, so that a test sees whoever still reads them."""
         self._arena[list(chunks)] = float("nan")

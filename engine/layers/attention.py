@@ -6,13 +6,16 @@ that holds to the bit, since the batched products add in the order of the keys a
 the products choose their kernels by shape, and bits may differ.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.layers.mirror import KvMirror, Lane
 from engine.models.dims import ModelDims
 from engine.worker.batch import Batch, Span
 
@@ -20,17 +23,49 @@ QUERY_ROWS = 128  # tokens of a prompt that attend in one product; bounds the sc
 NO_WINDOW = 1 << 40
 
 
+class KvSource(Protocol):
+    """Where a group's keys and values come from, padded to one capacity."""
+
+    def read(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """`kv`: this step's, [tokens, 2 * kv_heads, head_dim]. Returns K and V, each [batch, capacity, head_dim]."""
+        ...
+
+
+class Gathered:
+    """Pages copied out of the arena, layer by layer."""
+
+    def __init__(self, pages: Sequence[Tensor], index: Tensor, capacity: int, head_dim: int) -> None:
+        self._pages = pages
+        self._index = index  # [2 * batch * blocks] int64: pages of layer 0
+        self._shape = (2, -1, capacity, head_dim)
+
+    def read(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self._pages[layer].index_select(0, self._index).view(self._shape).unbind(0)
+        return k, v
+
+
+class Mirrored:
+    """A lane of the mirror, which the step's own tokens join before it is read."""
+
+    def __init__(self, lane: Lane, rows: Tensor) -> None:
+        self._lane = lane
+        self._rows = rows  # [tokens, 2 * kv_heads] int64
+
+    def read(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
+        self._lane.tokens(layer)[self._rows] = kv
+        return self._lane.keys_values(layer)
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Queries that attend together: single tokens of several sequences, or several tokens of one."""
 
-    tokens: Tensor | slice  # which tokens of the batch: [queries] int64, or a range
+    tokens: Tensor | slice  # which tokens of the batch: [sequences * queries] int64, or a range
     sequences: int
     queries: int  # for each sequence
-    capacity: int  # tokens that keys and values are padded to
-    pages: Tensor  # [2 * sequences * kv_heads * blocks] int64: pages of layer 0
     mask: Tensor  # [sequences * kv_heads or 1, queries * group or 1, capacity]: 0 or -inf
     window_mask: Tensor  # the same with the sliding window
+    source: KvSource
 
 
 class TorchAttention:
@@ -43,6 +78,7 @@ class TorchAttention:
         block_tokens: int,
         window: int | None = None,
         window_layers: tuple[bool, ...] = (),
+        mirror_bytes: int = 0,
     ) -> None:
         self._dims = dims
         self._block = block_tokens
@@ -54,6 +90,7 @@ class TorchAttention:
         self._tokens = [tokens[layer * self._per_layer * block_tokens :] for layer in range(dims.layers)]
         self._window = NO_WINDOW if window is None else window
         self._window_layers = window_layers or (False,) * dims.layers
+        self._mirror = KvMirror(arena, dims, block_tokens, mirror_bytes)
         self._groups: list[Group] = []
         self._stored = torch.empty(0, dtype=torch.int64)
 
@@ -62,8 +99,7 @@ class TorchAttention:
         if batch.fresh_chunks:  # masked keys and values are multiplied by zero, so they must be numbers
             self._arena[list(batch.fresh_chunks)] = 0
         self._stored = self._store_index(batch)
-        decodes = [span for span in batch.spans if span.length == 1]
-        self._groups = self._decode_groups(batch, decodes)
+        self._groups = self._decode_groups(batch)
         for span in batch.spans:
             if span.length > 1:
                 self._groups += self._prefill_groups(batch, span)
@@ -71,23 +107,27 @@ class TorchAttention:
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """[tokens, (heads + 2 kv_heads) * head_dim], rotated -> [tokens, heads * head_dim]."""
         dims = self._dims
-        heads = qkv.view(qkv.shape[0], dims.heads + 2 * dims.kv_heads, dims.head_dim)
-        self._tokens[layer][self._stored] = heads[:, dims.heads :]
-        q, out = heads[:, : dims.heads], qkv.new_empty(qkv.shape[0], dims.heads, dims.head_dim)
+        self._tokens[layer][self._stored] = self._heads(qkv)[:, dims.heads :]
+        if len(self._groups) == 1 and isinstance(self._groups[0].tokens, slice):  # all tokens, in their order
+            return self._attend(layer, self._groups[0], qkv)
+        out = qkv.new_empty(qkv.shape[0], dims.heads * dims.head_dim)
         for group in self._groups:
-            out[group.tokens] = self._attend(layer, group, q[group.tokens])
-        return out.view(qkv.shape[0], -1)
+            _put(out, group.tokens, self._attend(layer, group, _pick(qkv, group.tokens)))
+        return out
 
-    def _attend(self, layer: int, group: Group, q: Tensor) -> Tensor:
-        """[sequences * queries, heads, head_dim] -> the same."""
-        dims = self._dims
-        kv = self._pages[layer].index_select(0, group.pages).view(2, -1, group.capacity, dims.head_dim)
+    def _heads(self, qkv: Tensor) -> Tensor:
+        return qkv.view(qkv.shape[0], self._dims.heads + self._per_layer, self._dims.head_dim)
+
+    def _attend(self, layer: int, group: Group, qkv: Tensor) -> Tensor:
+        """[sequences * queries, (heads + 2 kv_heads) * head_dim] -> [sequences * queries, heads * head_dim]."""
+        dims, heads = self._dims, self._heads(qkv)
+        k, v = group.source.read(layer, heads[:, dims.heads :])
         shape = (group.sequences, group.queries, dims.kv_heads, dims.heads // dims.kv_heads, dims.head_dim)
-        queries = q.reshape(shape).transpose(1, 2).reshape(kv.shape[1], -1, dims.head_dim)
+        queries = heads[:, : dims.heads].reshape(shape).transpose(1, 2).reshape(k.shape[0], -1, dims.head_dim)
         mask = group.window_mask if self._window_layers[layer] else group.mask
-        scores = torch.baddbmm(mask, queries, kv[0].transpose(1, 2), alpha=dims.head_dim**-0.5)
-        out = torch.bmm(scores.softmax(-1), kv[1])
-        return out.view(shape[0], shape[2], shape[1], *shape[3:]).transpose(1, 2).reshape(q.shape)
+        scores = torch.baddbmm(mask, queries, k.transpose(1, 2), alpha=dims.head_dim**-0.5)
+        out = torch.bmm(scores.softmax(-1), v)
+        return out.view(shape[0], shape[2], shape[1], *shape[3:]).transpose(1, 2).reshape(qkv.shape[0], -1)
 
     def _store_index(self, batch: Batch) -> Tensor:
         """[tokens, 2 * kv_heads] int64: rows of layer 0 that take each token's keys and values."""
@@ -96,23 +136,32 @@ class TorchAttention:
         pages = self._first_page(chunks)[:, None] + np.arange(self._per_layer)
         return self._tensor(pages * self._block + (positions % self._block)[:, None])
 
-    def _decode_groups(self, batch: Batch, spans: list[Span]) -> list[Group]:
+    def _decode_groups(self, batch: Batch) -> list[Group]:
         """Sequences of like length share a product, padded to the same number of blocks."""
         by_blocks: dict[int, list[Span]] = {}
-        for span in spans:
-            by_blocks.setdefault(self._bucket(span.context), []).append(span)
-        return [self._decode_group(batch, members, blocks) for blocks, members in by_blocks.items()]
+        for span in batch.spans:
+            if span.length == 1:
+                by_blocks.setdefault(bucket(-(-span.context // self._block)), []).append(span)
+        lanes, rest = self._mirror.update(by_blocks, batch.block_table)
+        groups = []
+        for lane, spans in ((group.lane, group.spans) for group in lanes):
+            rows = self._tensor(lane.rows(np.array([span.start for span in spans])))
+            groups.append(self._decode_group(batch, spans, lane.capacity, Mirrored(lane, rows)))
+        for blocks, members in rest.items():
+            source = self._gathered(batch, members, blocks)
+            groups.append(self._decode_group(batch, members, blocks * self._block, source))
+        return groups
 
-    def _decode_group(self, batch: Batch, spans: list[Span], blocks: int) -> Group:
+    def _decode_group(self, batch: Batch, spans: Sequence[Span], capacity: int, source: KvSource) -> Group:
         positions = np.array([[span.start] for span in spans])
-        capacity = blocks * self._block
         masks = [
             self._mask(positions, capacity, window).repeat_interleave(self._dims.kv_heads, 0)[:, None]
             for window in (NO_WINDOW, self._window)
         ]
-        pages = self._read_index(batch, spans, blocks)
-        tokens = self._tensor(np.array([span.first for span in spans]))
-        return Group(tokens, len(spans), 1, capacity, pages, masks[0], masks[1])
+        firsts = [span.first for span in spans]
+        whole = firsts == list(range(len(batch.ids)))
+        tokens = slice(None) if whole else self._tensor(np.array(firsts))
+        return Group(tokens, len(spans), 1, masks[0], masks[1], source)
 
     def _prefill_groups(self, batch: Batch, span: Span) -> list[Group]:
         """Slabs of one sequence's tokens, each with the keys up to its own last token."""
@@ -121,23 +170,22 @@ class TorchAttention:
             length = min(QUERY_ROWS, span.length - first)
             start = span.start + first
             blocks = -(-(start + length) // self._block)
-            positions, capacity = np.arange(start, start + length)[:, None], blocks * self._block
+            positions, share = np.arange(start, start + length)[:, None], self._dims.heads // self._dims.kv_heads
             masks = [
-                self._mask(positions, capacity, window).repeat_interleave(self._dims.heads // self._dims.kv_heads, 0)[
-                    None
-                ]
+                self._mask(positions, blocks * self._block, window).repeat_interleave(share, 0)[None]
                 for window in (NO_WINDOW, self._window)
             ]
             tokens = slice(span.first + first, span.first + first + length)
-            groups.append(Group(tokens, 1, length, capacity, self._read_index(batch, [span], blocks), *masks))
+            groups.append(Group(tokens, 1, length, masks[0], masks[1], self._gathered(batch, [span], blocks)))
         return groups
 
-    def _read_index(self, batch: Batch, spans: list[Span], blocks: int) -> Tensor:
-        """Pages of layer 0 in the order K, V; sequence; head; block. Behind its last block a sequence repeats it."""
+    def _gathered(self, batch: Batch, spans: Sequence[Span], blocks: int) -> Gathered:
+        """In the order K, V; sequence; head; block. Behind its last block a sequence repeats it."""
         last = np.array([[-(-span.context // self._block) - 1] for span in spans])
         chunks = batch.block_table[np.array([[span.row] for span in spans]), np.minimum(np.arange(blocks), last)]
         heads = np.arange(self._per_layer).reshape(2, 1, -1, 1)
-        return self._tensor((self._first_page(chunks)[None, :, None] + heads).reshape(-1))
+        index = self._tensor((self._first_page(chunks)[None, :, None] + heads).reshape(-1))
+        return Gathered(self._pages, index, blocks * self._block, self._dims.head_dim)
 
     def _mask(self, positions: NDArray[np.int64], capacity: int, window: int) -> Tensor:
         """[queries, capacity]: 0 where a key is seen from the position, -inf elsewhere."""
@@ -149,11 +197,24 @@ class TorchAttention:
     def _first_page(self, chunks: NDArray[np.int64]) -> NDArray[np.int64]:
         return chunks * (self._dims.layers * self._per_layer)
 
-    def _bucket(self, context: int) -> int:
-        """Blocks that a context is padded to: four steps an octave, so that few groups cover all lengths."""
-        blocks = -(-context // self._block)
-        step = max(4, 1 << max(0, blocks.bit_length() - 3))
-        return -(-blocks // step) * step
-
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._arena.device)
+
+
+def bucket(blocks: int) -> int:
+    """Blocks that a context is padded to: two steps an octave from 4 on, so that few groups cover all lengths."""
+    size = 4
+    while size < blocks:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def _pick(rows: Tensor, tokens: Tensor | slice) -> Tensor:
+    return rows[tokens] if isinstance(tokens, slice) else rows.index_select(0, tokens)
+
+
+def _put(out: Tensor, tokens: Tensor | slice, rows: Tensor) -> None:
+    if isinstance(tokens, slice):
+        out[tokens] = rows
+    else:
+        out.index_copy_(0, tokens, rows)

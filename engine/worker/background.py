@@ -2,9 +2,9 @@
 
 import contextlib
 import os
-import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -12,26 +12,18 @@ NICENESS = 19
 
 
 class BackgroundThread:
-    """Runs jobs one after the other, in the order they were given. A job must handle its own errors."""
+    """Runs jobs one after the other, in the order they were given. The interpreter waits for it when it ends."""
 
     def __init__(self, name: str) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=_lower_priority)
 
-    def submit(self, job: Callable[[], None]) -> None:
-        self._jobs.put(job)
+    def submit(self, job: Callable[[], None]) -> Future[None]:
+        """The job must tell its own errors to whoever waits for it; the future is for tests."""
+        return self._executor.submit(torch.inference_mode()(job))
 
     def close(self) -> None:
-        """Ends the thread after the jobs already given."""
-        self._jobs.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        _lower_priority()
-        with torch.inference_mode():
-            while (job := self._jobs.get()) is not None:
-                job()
+        """Ends the thread after the job that runs; those behind it are dropped."""
+        self._executor.shutdown(cancel_futures=True)
 
 
 def _lower_priority() -> None:

@@ -17,6 +17,7 @@ from engine.worker.rows import Rows
 class Span:
     """One sequence's tokens in the batch."""
 
+    sequence_id: int
     row: int
     first: int  # index of its first token in the batch
     length: int
@@ -62,7 +63,8 @@ def make_batch(plan: StepPlan, rows: Rows, block_tokens: int, device: torch.devi
         positions=torch.from_numpy(positions).to(device),
         token_rows=token_rows,
         spans=tuple(
-            Span(s.row, int(first), s.length, s.start) for s, first in zip(plan.sequences, firsts, strict=True)
+            Span(s.sequence_id, s.row, first, s.length, s.start)
+            for s, first in zip(plan.sequences, firsts.tolist(), strict=True)
         ),
         runs=tuple(_runs(plan, firsts)),
         block_table=rows.block_table,

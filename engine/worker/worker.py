@@ -30,6 +30,7 @@ from engine.worker.warmup import largest_step, timed
 
 CPU_STEP_TOKENS = 256
 GPU_STEP_TOKENS = 2048
+MIRROR_SHARE = 2  # the mirror of decoding sequences may take this fraction (1 / n) of the arena's bytes
 MERGED_SHARE = 4  # merged adapters beside the arena may take this fraction (1 / n) of its bytes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -100,6 +101,10 @@ class Worker:
         """For tests: fills freed chunks with NaN."""
         self._bank.poison(chunks)
 
+    def close(self) -> None:
+        """Ends the background thread; loads that have not begun never report."""
+        self._bank.close()
+
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> None:
         """Launches the plan's tokens through the layers."""
@@ -142,7 +147,14 @@ def _start(config: EngineConfig, folder: Path, progress: Progress) -> Worker:
     bank = AdapterBank(arena, model.dims, BackgroundThread("adapter-loads"), arena.nbytes // MERGED_SHARE)
     chooser = LoraChooser(bank, config.lora_stack)
     rows = make_rows(config.max_running_requests, geometry.blocks(context), device)
-    attention = TorchAttention(arena, model.dims, geometry.block_tokens, model.sliding_window, model.sliding_layers)
+    attention = TorchAttention(
+        arena,
+        model.dims,
+        geometry.block_tokens,
+        model.sliding_window,
+        model.sliding_layers,
+        mirror_bytes=arena.nbytes // MIRROR_SHARE if device.type == "cpu" else 0,
+    )
     sampler = Sampler(rows, config.max_running_requests, model.dims.vocab, model.eos_token_ids, device)
     runner = Runner(decoder, attention, chooser, rows, sampler, geometry.block_tokens, device)
     info = _info(config, model, geometry, size, dtype, device, _step_tokens(config, device, context))

@@ -38,7 +38,8 @@ def tiny_llama(folder: Path, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
         "eos_token_id": 2,
         "bos_token_id": 1,
     }
-    model = LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(**(sizes | changes)))
+    model.train(False)
     model.save_pretrained(folder)
     return model
 
@@ -161,9 +162,7 @@ class Driver:
 
     def settle(self) -> None:
         """Waits until the background thread has done what it was given."""
-        done = threading.Event()
-        self.worker._bank._thread.submit(done.set)
-        assert done.wait(30)
+        self.worker._bank._thread.submit(lambda: None).result(30)
 
     def run(
         self, requests: Sequence[Request], chunk: tuple[int, int] = (1000, 1000), poison: bool = True

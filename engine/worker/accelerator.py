@@ -1,0 +1,146 @@
+"""Streams, events and host memory of the device that a worker drives: a GPU, or the CPU behind Triton's interpreter.
+
+Everything a step does is in the order of one stream; `beside` opens a second one next to it, joined before what follows.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Event(Protocol):
+    """A point in the device's work."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class Accelerator(Protocol):
+    """What the worker's device parts need of the device."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def launching(self) -> AbstractContextManager[object]:
+        """The steps' stream, for the calling thread."""
+        ...
+
+    def copying(self) -> AbstractContextManager[object]:
+        """The stream of adapter loads."""
+        ...
+
+    def beside(self) -> AbstractContextManager[object]:
+        """Work that starts where the steps' stream stands and runs next to it until `join`."""
+        ...
+
+    def join(self) -> None:
+        """The steps' stream goes on when what ran beside it is done."""
+        ...
+
+    def event(self, *, sleeping: bool = False) -> Event:
+        """`sleeping`: who waits gives its core away."""
+        ...
+
+    def host(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Memory that copies run from and to without being waited for."""
+        ...
+
+    def synchronize(self) -> None: ...
+
+    def upload(self, array: NDArray[np.generic]) -> Tensor:
+        """A copy on the device; the caller may change the array at once."""
+        ...
+
+    def download(self, tensor: Tensor) -> Tensor:
+        """A copy on the host, complete when an event recorded after the call has happened."""
+        ...
+
+
+class CudaAccelerator:
+    """One GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._steps = torch.cuda.Stream(device)
+        self._copies = torch.cuda.Stream(device)
+        self._beside = torch.cuda.Stream(device, priority=-1)
+
+    def launching(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._steps)
+
+    def copying(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._copies)
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """In an eager step too: the branch costs two events, which a graph does without."""
+        self._beside.wait_stream(self._steps)
+        with torch.cuda.stream(self._beside):
+            yield
+
+    def join(self) -> None:
+        self._steps.wait_stream(self._beside)
+
+    def event(self, *, sleeping: bool = False) -> Event:
+        return torch.cuda.Event(blocking=sleeping)
+
+    def host(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype, pin_memory=True)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def upload(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
+
+    def download(self, tensor: Tensor) -> Tensor:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+
+class _Done:
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class InterpretedAccelerator:
+    """The CPU, where Triton's interpreter runs each kernel at its launch; for tests without a GPU."""
+
+    device = torch.device("cpu")
+
+    def launching(self) -> AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+    copying = beside = launching
+
+    def join(self) -> None:
+        pass
+
+    def event(self, *, sleeping: bool = False) -> Event:
+        return _Done()
+
+    def host(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+    def synchronize(self) -> None:
+        pass
+
+    def upload(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array.copy())
+
+    def download(self, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+
+def make_accelerator(device: torch.device) -> Accelerator:
+    return CudaAccelerator(device) if device.type == "cuda" else InterpretedAccelerator()

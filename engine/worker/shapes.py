@@ -1,0 +1,163 @@
+"""The static shapes that steps run in: how many rows, which lists, how long. A captured graph is one of them.
+
+A step runs in the smallest shape that holds it; what a shape holds beyond the step are neutral tails.
+"""
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from engine.config import EngineConfig
+from engine.geometry import PIECE_RANKS, Geometry
+from engine.models.config import ModelConfig
+from engine.worker.memory import DEFAULT_LORA_RANK
+from kernels.attention_meta import AttentionBounds, decode_splits
+from kernels.launch import PREFILL_TILE, q_tile
+from kernels.layout import KvLayout
+from kernels.lora_meta import HEADER, LoraBounds, PackedLayout
+from kernels.step_meta import step_fields
+
+DECODE_TILE = 16
+DEFAULT_GRAPH_MAX = 256
+GRAPH_STEPS = ((4, 1), (8, 4), (64, 8), (128, 16), (512, 32))  # (up to this many rows, in steps of)
+MIXED_GRAPHS = (32, 64, 96, 128, 192, 256, 384, 512)  # tokens; mixed steps above run without a graph
+WINDOWED = "windowed_"  # prefix of the second set of attention lists
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """One shape; hashable, so that a graph is found by it."""
+
+    tokens: int
+    sequences: int  # at most, and samples at most
+    prefill: bool  # may hold more than one token of a sequence
+    lora: bool
+    attention: AttentionBounds
+    lora_bounds: LoraBounds
+    layout: PackedLayout
+
+    def __hash__(self) -> int:
+        return hash((self.tokens, self.sequences, self.prefill, self.lora))
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What shapes depend on beside the step."""
+
+    kv: KvLayout
+    heads: int
+    itemsize: int
+    multiprocessors: int
+    max_context: int
+    max_running: int
+    step_tokens: int
+    slots: int
+    rank_blocks: int  # of the largest adapter allowed
+    two_windows: bool  # some layers see a window, others everything
+
+    @property
+    def q_tile(self) -> int:
+        return q_tile(self.heads, self.kv.kv_heads, self.kv.head_dim, self.itemsize)
+
+
+def make_machine(
+    config: EngineConfig, model: ModelConfig, geometry: Geometry, multiprocessors: int, context: int, step_tokens: int
+) -> Machine:
+    dims = model.dims
+    rank = DEFAULT_LORA_RANK if config.max_lora_rank is None else config.max_lora_rank
+    return Machine(
+        kv=KvLayout(dims.layers, dims.kv_heads, geometry.block_tokens, dims.head_dim),
+        heads=dims.heads,
+        itemsize=geometry.itemsize,
+        multiprocessors=multiprocessors,
+        max_context=context,
+        max_running=config.max_running_requests,
+        step_tokens=max(step_tokens, config.max_running_requests),
+        slots=config.max_loras_per_batch,
+        rank_blocks=-(-rank // PIECE_RANKS),
+        two_windows=any(model.sliding_layers) and not all(model.sliding_layers),
+    )
+
+
+class Shapes:
+    """Makes each shape once."""
+
+    def __init__(self, machine: Machine, max_graph: int | None, mixed_graphs: bool = True) -> None:
+        self.machine = machine
+        self._made: dict[tuple[int, int, bool, bool], StepShape] = {}
+        limit = min(machine.max_running, DEFAULT_GRAPH_MAX if max_graph is None else max_graph)
+        self.decode_buckets = tuple(_ladder(limit))
+        self.mixed_buckets = tuple(t for t in MIXED_GRAPHS if mixed_graphs and t <= machine.step_tokens)
+
+    def graphs(self, *, lora: bool) -> list[StepShape]:
+        """Every shape that is captured, the largest first, so that later ones reuse its memory."""
+        decodes = [self.make(size, size, prefill=False, lora=lora) for size in self.decode_buckets]
+        mixed = [self._mixed(size, lora) for size in self.mixed_buckets]
+        return [*reversed(mixed), *reversed(decodes)]
+
+    def choose(self, tokens: int, sequences: int, *, lora: bool) -> StepShape:
+        """The shape of a step; those beyond the graphs' are rounded up, so that few exist."""
+        if tokens == sequences:
+            at = bisect_left(self.decode_buckets, tokens)
+            if at < len(self.decode_buckets):
+                size = self.decode_buckets[at]
+                return self.make(size, size, prefill=False, lora=lora)
+            return self.make(_round(tokens, 64), _round(tokens, 64), prefill=False, lora=lora)
+        at = bisect_left(self.mixed_buckets, tokens)
+        if at < len(self.mixed_buckets):
+            return self._mixed(self.mixed_buckets[at], lora)
+        rows = _round(tokens, 64 if tokens <= 1024 else 256)
+        return self.make(rows, _power_of_two(sequences), prefill=True, lora=lora)
+
+    def largest(self) -> list[StepShape]:
+        """Shapes that bound all others in every buffer."""
+        machine = self.machine
+        rows, running = _round(machine.step_tokens, 256), _power_of_two(machine.max_running)
+        steps = [self.make(rows, running, prefill=True, lora=True)]
+        steps += [self.make(_round(machine.max_running, 64), _round(machine.max_running, 64), prefill=False, lora=True)]
+        return [*steps, *self.graphs(lora=True)]
+
+    def make(self, tokens: int, sequences: int, *, prefill: bool, lora: bool) -> StepShape:
+        key = tokens, sequences, prefill, lora
+        if key not in self._made:
+            self._made[key] = self._make(*key)
+        return self._made[key]
+
+    def _mixed(self, tokens: int, lora: bool) -> StepShape:
+        return self.make(tokens, min(tokens, self.machine.max_running), prefill=True, lora=lora)
+
+    def _make(self, tokens: int, sequences: int, prefill: bool, lora: bool) -> StepShape:
+        machine = self.machine
+        splits = decode_splits(sequences, machine.kv.kv_heads, machine.multiprocessors)
+        tile = machine.q_tile if prefill else 0
+        attention = AttentionBounds(tokens, sequences, tile, splits, machine.max_context)
+        lora_tile = PREFILL_TILE if prefill and tokens > 4 * PREFILL_TILE else DECODE_TILE
+        bounds = LoraBounds(tokens, lora_tile, machine.slots, machine.rank_blocks)
+        fields = [("counts", (HEADER,)), *step_fields(tokens, sequences), *attention.fields()]
+        if machine.two_windows:
+            fields += [(f"{WINDOWED}counts", (HEADER,)), *((WINDOWED + n, shape) for n, shape in attention.fields())]
+        if lora:
+            fields += bounds.fields()
+        return StepShape(tokens, sequences, prefill, lora, attention, bounds, PackedLayout(tuple(fields)))
+
+
+def windowed[T](fields: Mapping[str, T]) -> dict[str, T]:
+    """The second set of attention lists under the names of the first."""
+    return {name.removeprefix(WINDOWED): field for name, field in fields.items() if name.startswith(WINDOWED)}
+
+
+def _ladder(limit: int) -> list[int]:
+    sizes, size = list[int](), 0
+    for end, step in GRAPH_STEPS:
+        while size < min(end, limit):
+            size = size + step if size % step == 0 else end
+            sizes.append(min(size, limit))
+    return sizes
+
+
+def _round(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
