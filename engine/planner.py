@@ -163,6 +163,8 @@ class Planner:
     # Admissions
 
     def _admit(self, draft: Draft, now: float) -> None:
+        if not self._roster.free_rows:
+            return
         scan = self._roster.queue.scan()
         earlier: set[int] = set()
         while draft.budget > 0 and self._roster.free_rows and (sequence := scan.head):
@@ -181,6 +183,8 @@ class Planner:
 
     def _judge(self, draft: Draft, sequence: Sequence) -> Verdict:
         """Whether the head may be admitted as far as its adapter is concerned."""
+        if sequence.last_step > self._arena.committed:
+            return Verdict.STOP  # preempted, and its last step is still under way
         adapter = sequence.adapter
         if adapter is None:
             return Verdict.ADMITTED

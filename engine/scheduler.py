@@ -258,8 +258,9 @@ class Scheduler:
 
 
 def _limits(config: SchedulerConfig) -> Limits:
+    most = config.max_slots if config.max_loaded is None else min(config.max_slots, config.max_loaded)
     return Limits(
-        max_pins=config.max_slots - 1,
+        max_pins=most - 1,
         max_loaded=config.max_loaded,
         max_host_pages=config.max_host_pages,
         max_adapter_chunks=config.max_adapter_chunks,

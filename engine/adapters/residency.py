@@ -26,7 +26,7 @@ class HostFullError(EngineError):
 class Limits:
     """What bounds adapters on each tier."""
 
-    max_pins: int  # max_loras_per_batch - 1
+    max_pins: int  # one slot and one place on the host are left to the others
     max_loaded: int | None  # adapters on the host; None: as many as fit
     max_host_pages: int | None
     max_adapter_chunks: int  # of the largest adapter that the server accepts
@@ -181,16 +181,7 @@ class Residency:
                 f"adapter '{adapter.name}' cannot be pinned: at most {self.limits.max_pins} adapters can be"
                 " (--max-loras-per-batch less one)",
             )
-        largest = self.limits.max_adapter_chunks
-        chunks = sum(one.pages or largest for one in [*pinned, adapter])
-        need = chunks + largest + self.limits.context_blocks
-        if need > self._arena.num_chunks:
-            raise EngineError(
-                ErrorCode.INVALID_REQUEST,
-                f"adapter '{adapter.name}' cannot be pinned: {chunks} chunks of pinned adapters, {largest} for the"
-                f" largest adapter and {self.limits.context_blocks} for one full context are more than the"
-                f" {self._arena.num_chunks} there are",
-            )
+        self._refuse_pinned_bytes(adapter, pinned)
 
     def check(self, adapters: Iterable[Adapter]) -> None:
         """Raises AssertionError unless tiers, chunks and orders agree with the adapters' facts."""
@@ -238,6 +229,24 @@ class Residency:
     def _may_leave_host(self, adapter: Adapter, protect: Collection[int]) -> bool:
         in_use = adapter.pinned or adapter.copying or adapter.started or self.in_flight(adapter)
         return adapter.on_host and not in_use and adapter.adapter_id not in protect
+
+    def _refuse_pinned_bytes(self, adapter: Adapter, pinned: list[Adapter]) -> None:
+        """Beside pinned adapters every tier keeps room for the largest one, and the arena for one full context."""
+        largest, context = self.limits.max_adapter_chunks, self.limits.context_blocks
+        chunks = sum(one.pages or largest for one in [*pinned, adapter])
+        if chunks + largest + context > self._arena.num_chunks:
+            raise EngineError(
+                ErrorCode.INVALID_REQUEST,
+                f"adapter '{adapter.name}' cannot be pinned: {chunks} chunks of pinned adapters, {largest} for the"
+                f" largest adapter and {context} for one full context are more than the {self._arena.num_chunks}"
+                " there are",
+            )
+        if self.limits.max_host_pages is not None and chunks + largest > self.limits.max_host_pages:
+            raise EngineError(
+                ErrorCode.INVALID_REQUEST,
+                f"adapter '{adapter.name}' cannot be pinned: {chunks} pages of pinned adapters and {largest} for the"
+                f" largest adapter are more than the host's {self.limits.max_host_pages}",
+            )
 
     def _refuse_too_large(self, adapter: Adapter, pages: int) -> None:
         limit = self.limits.max_host_pages

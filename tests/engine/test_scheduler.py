@@ -288,21 +288,25 @@ def test_preempted_sequences_resume_without_saying_anything_twice(overlap: bool)
 
 
 def test_a_preempted_sequence_waits_for_its_last_step() -> None:
-    driver = Driver(small_config(num_chunks=14))
-    for start in (1, 2, 3):
-        driver.submit([start] * 10, max_tokens=30, ignore_eos=True)
-    committed_at: dict[int, int] = {}  # plan -> the last step committed when it was made
-    while driver.scheduler.has_work:
-        committed, made = driver.scheduler.stats().step, len(driver.plans)
-        driver.step()
-        committed_at.update((plan.step, committed) for plan in driver.plans[made:])
-    last: dict[int, int] = {}
-    for plan in driver.plans:
-        for admission in plan.admissions:
-            assert last.get(admission.sequence_id, 0) <= committed_at[plan.step]
-        last.update((row.sequence_id, plan.step) for row in plan.sequences)
-    resumed = [a for plan in driver.plans for a in plan.admissions if len(a.tokens) > a.prompt_length]
-    assert resumed, "nothing was resumed with output of its own"
+    driver = Driver(small_config(num_chunks=14), late_loads=True)
+    driver.add("a", 4)
+    driver.submit([1] * 34, max_tokens=6, ignore_eos=True)
+    preempted = driver.submit([2], max_tokens=20, ignore_eos=True)
+    driver.run_until(lambda: driver.scheduler.stats().running == 2)
+    driver.submit([3], "a")
+    while driver.counter("preemptions") == 0:
+        if len(driver.flights) == 2:
+            driver.commit()
+        driver.plan()
+    assert len(driver.flights) == 1
+    assert not driver.plan(), "nothing can be done before the step commits"
+    driver.fail(driver.scheduler.adapters.load_failed(driver.copying.pop(), "no luck", driver.now))
+    assert driver.plan(), "its chunks are free at once"
+    assert [row.sequence_id for row in driver.plans[-1].sequences] == [1]
+    driver.commit()
+    driver.plan()
+    assert [admission.sequence_id for admission in driver.plans[-1].admissions] == [2]
+    assert len(driver.plans[-1].admissions[0].tokens) == 1 + len(driver.requests[preempted].tokens[0])
     finish(driver)
 
 

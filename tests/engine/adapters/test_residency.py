@@ -168,6 +168,14 @@ def test_pins_leave_room_for_the_largest_adapter_and_one_context() -> None:
         bench.residency.check_pin(adapters[2], bench.adapters)
 
 
+def test_pins_leave_room_on_the_host_too() -> None:
+    bench = Bench(max_pins=9, max_host_pages=8)
+    bench.residency.check_pin(bench.host(4), bench.adapters)
+    bench.adapters[0].pinned = True
+    with pytest.raises(EngineError, match="more than the host's 8"):
+        bench.residency.check_pin(bench.host(1), bench.adapters)
+
+
 def test_an_unread_adapter_counts_as_the_largest_for_a_pin() -> None:
     bench = Bench(max_pins=9)
     known = bench.host(3)
