@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.lora_meta import LoraBounds, split_bound
+from kernels.lora_meta import LoraBounds, LoraGroup, split_bound
 
+PREFILL_TILE = 64  # rows of a LoRA work item in steps of many tokens; decodes take 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,22 +51,28 @@ class ShrinkTiles:
     stages: int
 
 
-def shrink_tiles(bounds: LoraBounds, modules: int, itemsize: int) -> ShrinkTiles:
+SPLIT_INNER = 512  # inner features of one split
+
+
+def shrink_tiles(bounds: LoraBounds, group: LoraGroup, itemsize: int) -> ShrinkTiles:
     """Small tiles split the inner dimension to have enough programs; large ones read x once for all modules."""
     narrow = 2 if itemsize == 4 else 1
     if bounds.tile == 16:
-        return ShrinkTiles(256 // narrow, split_bound(bounds), False, 4, 3)
-    return ShrinkTiles(64 // narrow, 1, modules > 1, 4, 3)
+        splits = min(split_bound(bounds), cdiv(group.inner, SPLIT_INNER))
+        return ShrinkTiles(256 // narrow, splits, False, 4, 3)
+    return ShrinkTiles(64 // narrow, 1, len(group.features) > 1, 4, 3)
 
 
 @dataclass(frozen=True, slots=True)
 class ExpandTiles:
     columns: int
     warps: int
+    stages: int
 
 
 def expand_tiles(bounds: LoraBounds, itemsize: int) -> ExpandTiles:
-    return ExpandTiles(256 if bounds.tile == 16 else 128, 4 if bounds.tile <= 64 else 8)
+    narrow = 2 if itemsize == 4 else 1
+    return ExpandTiles((256 if bounds.tile == 16 else 128) // narrow, 4 if bounds.tile <= 64 else 8, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +88,10 @@ class AttentionTiles:
 def prefill_tiles(head_dim: int, itemsize: int) -> AttentionTiles:
     """Query and key tiles that fit the shared memory of one multiprocessor."""
     if itemsize == 4:
-        return AttentionTiles(64 if head_dim <= 128 else 32, 32 if head_dim <= 128 else 16, 4, 1)
+        return AttentionTiles(32, 32 if head_dim <= 128 else 16, 8, 1)
     if head_dim <= 128:
         return AttentionTiles(128, 64, 8, 3)
-    return AttentionTiles(64, 64, 4, 2)
+    return AttentionTiles(64, 64, 8, 2)
 
 
 def decode_tiles(group: int, head_dim: int, itemsize: int) -> AttentionTiles:

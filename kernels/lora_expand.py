@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.launch import cdiv, expand_tiles, multiprocessors, require, require_rows, shrink_tiles
 from kernels.layout import piece_unit
-from kernels.lora_meta import ITEM_INTS, LORA_ITEMS, LORA_MODULES, LoraMeta
+from kernels.lora_meta import ITEM_INTS, LORA_ITEMS, LORA_MODULES, LoraGroup, LoraMeta
 
 PROGRAMS_EACH = 8  # programs a multiprocessor; units of work beyond that are taken in turns
 
@@ -79,17 +79,8 @@ def _expand(
             tl.store(out, acc.to(y.dtype.element_ty), mask=mask)
 
 
-def lora_expand(
-    y: Tensor,
-    arena: Tensor,
-    meta: LoraMeta,
-    layer: int,
-    first_module: int,
-    features: tuple[int, ...],
-    *,
-    add: bool,
-) -> None:
-    """Finish the product that lora_shrink of the same modules began in meta.z.
+def lora_expand(y: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: LoraGroup, *, add: bool) -> None:
+    """Finish the product that lora_shrink of the same group began in meta.z.
 
     y: [tokens, sum(features)], rows contiguous, in the arena's dtype: the base product (add) or a delta buffer, whose
     rows of adapters are all written (zeros for a module without an adapter) and whose rows of the base are not: the
@@ -99,7 +90,8 @@ def lora_expand(
     """
     require_rows(y)
     require(y.dtype == arena.dtype, "y and the arena differ in dtype")
-    require(y.shape[1] == sum(features) and len(features) <= 3, "y's columns are not those of the modules")
+    features = group.features
+    require(y.shape[1] == sum(features) and len(features) <= 3, "y's columns are not the group's out features")
     out = (*features, 0, 0)[:3]
     tiles = expand_tiles(meta.bounds, y.element_size())
     programs = meta.bounds.items * sum(cdiv(size, tiles.columns) for size in features)
@@ -110,7 +102,7 @@ def lora_expand(
         meta.counts,
         meta.items,
         meta.expand_desc,
-        layer * LORA_MODULES + first_module,
+        layer * LORA_MODULES + group.first,
         y.stride(0),
         meta.expand_desc.stride(0),
         meta.bounds.rank_blocks,
@@ -123,8 +115,8 @@ def lora_expand(
         ITEM_INTS=ITEM_INTS,
         BM=meta.bounds.tile,
         BN=tiles.columns,
-        SPLITS=shrink_tiles(meta.bounds, len(features), y.element_size()).splits,
+        SPLITS=shrink_tiles(meta.bounds, group, y.element_size()).splits,
         ADD=add,
         num_warps=tiles.warps,
-        num_stages=2,
+        num_stages=tiles.stages,
     )

@@ -51,6 +51,15 @@ def _padded(shape: tuple[int, ...]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraGroup:
+    """Modules that read the same input, computed by one shrink and one expand."""
+
+    first: int  # index of its first module; the others follow
+    inner: int  # in features
+    features: tuple[int, ...]  # out features of each: 3 modules (qkv), 2 (gate_up) or 1
+
+
+@dataclass(frozen=True, slots=True)
 class LoraBounds:
     """Sizes of the LoRA lists of one bucket: they bound what a step may hold, they do not set what it costs."""
 
@@ -147,7 +156,7 @@ class LoraWorkspace:
         return LoraMeta(bounds, fields["counts"], fields["lora_items"], fields["lora_work"], shrink, expand, self.z)
 
 
-MAX_SPLITS = 16  # of the inner dimension in a shrink
+MAX_SPLITS = 16  # parts of the inner dimension in a shrink
 
 
 def z_elements(bounds: LoraBounds) -> int:
@@ -159,4 +168,4 @@ def split_bound(bounds: LoraBounds) -> int:
     """Most parts of the inner dimension that a bucket's shrinks may use: many where few rows leave the device idle."""
     if bounds.tile > 16:
         return 1
-    return max(2, min(MAX_SPLITS, 256 // bounds.tokens))
+    return max(2, min(MAX_SPLITS, 1024 // bounds.tokens))

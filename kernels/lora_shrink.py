@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.launch import cdiv, multiprocessors, power_of_two, require, require_rows, shrink_tiles
 from kernels.layout import piece_unit
-from kernels.lora_meta import LORA_MODULES, LORA_WORK, WORK_INTS, LoraMeta
+from kernels.lora_meta import LORA_MODULES, LORA_WORK, WORK_INTS, LoraGroup, LoraMeta
 
 PROGRAMS_EACH = 8  # programs a multiprocessor; units of work beyond that are taken in turns
 
@@ -69,22 +69,23 @@ def _shrink(
             tl.store(out, acc, mask=(i < rows)[:, None] & (ranks > 0)[None, :])
 
 
-def lora_shrink(x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, first_module: int, modules: int) -> None:
-    """Partial products of `modules` merged modules from `first_module` on (3 for qkv, 2 for gate_up, else 1).
+def lora_shrink(x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: LoraGroup) -> None:
+    """Partial products of a group's modules.
 
     x: [tokens, in], rows contiguous; arena: [num_chunks, chunk_elements] in x's dtype. Writes meta.z, which lora_expand
-    of the same modules reads; the next shrink overwrites it.
+    of the same group reads; the next shrink overwrites it.
 
     Semantics: with row t in an item of slot s, sum_split z[split, t, m, r] = sum_k x[t, k] * A[s, layer, m][r, k]
     for r below the rank rounded up to 16; rows of the base and modules without an adapter are not written.
     """
     require_rows(x)
     require(x.dtype == arena.dtype, "x and the arena differ in dtype")
-    tiles = shrink_tiles(meta.bounds, modules, x.element_size())
+    require(x.shape[1] == group.inner, "x's columns are not the group's in features")
+    require(x.shape[0] <= meta.bounds.tokens, "more rows than the bucket has")
+    tiles, modules = shrink_tiles(meta.bounds, group, x.element_size()), len(group.features)
     width = power_of_two(modules) if tiles.merged else 1
     groups = cdiv(modules, width)
     programs = meta.bounds.items * groups * tiles.splits
-    require(x.shape[0] <= meta.bounds.tokens, "more rows than the bucket has")
     _shrink[(min(programs, PROGRAMS_EACH * multiprocessors(x.device)),)](
         x,
         arena,
@@ -92,7 +93,7 @@ def lora_shrink(x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, first_modu
         meta.counts,
         meta.work,
         meta.shrink_desc,
-        layer * LORA_MODULES + first_module,
+        layer * LORA_MODULES + group.first,
         x.shape[1],
         x.stride(0),
         meta.shrink_desc.stride(0),

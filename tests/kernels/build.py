@@ -50,7 +50,7 @@ def make_adapters(
 ) -> Adapters:
     """Every piece is followed by NaN up to the next multiple of 256 bytes and starts at a random place."""
     size = torch.empty((), dtype=dtype).element_size()
-    todo = []
+    todo: list[tuple[tuple[int, ...], int]] = []
     for slot, layer, module in ranks.nonzero().tolist():
         rank = int(ranks[slot, layer, module])
         for block in range(-(-rank // PIECE_RANKS)):

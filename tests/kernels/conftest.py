@@ -16,7 +16,9 @@ KERNELS = (
     "lora_shrink",
     "norm",
     "rotary",
+    "sample",
     "silu_mul",
+    "step_input",
 )
 
 

@@ -96,7 +96,7 @@ def test_rotary_store(
     weights = [torch.randn(head_dim, device=device).to(dtype) for _ in range(2)]
 
     total = (qkv.double() + clean.double() if lora else qkv.double()).view(ROWS, -1, head_dim)
-    q, k, v = total.split([heads, kv_heads, kv_heads], 1)
+    q, k, v = torch.split(total, [heads, kv_heads, kv_heads], 1)
     if norm:
         q, k = (reference.rms_norm(t, w, 1e-6) for t, w in zip((q, k), weights, strict=True))
     q, k = (reference.rotary(t, positions, table) for t in (q, k))

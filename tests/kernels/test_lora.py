@@ -6,9 +6,17 @@ import torch
 from kernels import reference
 from kernels.lora_expand import lora_expand
 from kernels.lora_gather import lora_gather
-from kernels.lora_meta import LoraBounds
+from kernels.lora_meta import LoraBounds, LoraGroup
 from kernels.lora_shrink import lora_shrink
-from tests.kernels.build import Adapters, LoraStep, assert_close, make_adapters, make_lora_step, pack_lora_step
+from tests.kernels.build import (
+    Adapters,
+    LoraStep,
+    assert_close,
+    lora_fields,
+    make_adapters,
+    make_lora_step,
+    pack_lora_step,
+)
 
 HIDDEN, QUERY, KEY, INNER = 72, 80, 24, 136
 SHAPES = (
@@ -20,7 +28,12 @@ SHAPES = (
     (HIDDEN, INNER),
     (INNER, HIDDEN),
 )
-MERGED = {"qkv": (0, 3), "o": (3, 1), "gate_up": (4, 2), "down": (6, 1)}
+GROUPS = {
+    "qkv": LoraGroup(0, HIDDEN, (QUERY, KEY, KEY)),
+    "o": LoraGroup(3, QUERY, (HIDDEN,)),
+    "gate_up": LoraGroup(4, HIDDEN, (INNER, INNER)),
+    "down": LoraGroup(6, INNER, (HIDDEN,)),
+}
 LAYERS, LAYER = 2, 1
 
 
@@ -39,31 +52,29 @@ def run(
     adapters: Adapters, step: LoraStep, x: torch.Tensor, y: torch.Tensor, merged: str, *, add: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(what the kernels left in y, what the reference leaves)."""
-    first, count = MERGED[merged]
-    features = tuple(SHAPES[m][1] for m in range(first, first + count))
+    group = GROUPS[merged]
     wanted = y.double() if add else torch.where((step.slots >= 0)[:, None], 0.0, y.double())
-    for module, part in zip(range(first, first + count), wanted.split(features, 1), strict=True):
+    for module, part in enumerate(torch.split(wanted, list(group.features), 1), group.first):
         args = (adapters.arena, adapters.pieces, adapters.ranks, step.slots, LAYER, module)
         part.copy_(reference.lora_expand(reference.lora_shrink(x.double(), *args), part, *args))
-    lora_shrink(x, adapters.arena, step.meta, LAYER, first, count)
-    lora_expand(y, adapters.arena, step.meta, LAYER, first, features, add=add)
+    lora_shrink(x, adapters.arena, step.meta, LAYER, group)
+    lora_expand(y, adapters.arena, step.meta, LAYER, group, add=add)
     return y, wanted
 
 
-GROUPS = ([(3, 5), (0, 1), (4, 18), (1, 2), (2, 3)], [(2, 1)], [(4, 40)])
+BATCHES = ([(3, 5), (0, 1), (4, 18), (1, 2), (2, 3)], [(2, 1)], [(4, 40)])
 
 
-@pytest.mark.parametrize("merged", list(MERGED))
+@pytest.mark.parametrize("merged", list(GROUPS))
 @pytest.mark.parametrize("tile", [16, 32])
-@pytest.mark.parametrize("groups", GROUPS, ids=["mixed", "one", "long"])
+@pytest.mark.parametrize("groups", BATCHES, ids=["mixed", "one", "long"])
 def test_delta(merged: str, tile: int, groups: list[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> None:
     torch.manual_seed(1)
     adapters = make_adapters(mixed_ranks(), SHAPES, 7, dtype, device, 0.2)
     step = make_lora_step(LoraBounds(43, tile, 5, 7), adapters, groups)
     lora_gather(step.meta, adapters.pieces, adapters.ranks)
-    first, count = MERGED[merged]
-    x = torch.randn(43, SHAPES[first][0], device=device).to(dtype)
-    y = torch.full((43, sum(s[1] for s in SHAPES[first : first + count])), 7.0, dtype=dtype, device=device)
+    x = torch.randn(43, GROUPS[merged].inner, device=device).to(dtype)
+    y = torch.full((43, sum(GROUPS[merged].features)), 7.0, dtype=dtype, device=device)
     y[: step.rows] = float("nan")
     out, wanted = run(adapters, step, x, y, merged, add=False)
     assert_close(out[: step.rows], wanted[: step.rows])
@@ -74,11 +85,10 @@ def test_delta(merged: str, tile: int, groups: list[tuple[int, int]], dtype: tor
 def test_added_to_the_base_product(merged: str, dtype: torch.dtype, device: torch.device) -> None:
     torch.manual_seed(2)
     adapters = make_adapters(mixed_ranks(), SHAPES, 7, dtype, device, 0.2)
-    step = make_lora_step(LoraBounds(40, 16, 5, 7), adapters, GROUPS[0])
+    step = make_lora_step(LoraBounds(40, 16, 5, 7), adapters, BATCHES[0])
     lora_gather(step.meta, adapters.pieces, adapters.ranks)
-    first, count = MERGED[merged]
-    x = torch.randn(40, SHAPES[first][0], device=device).to(dtype)
-    width = sum(s[1] for s in SHAPES[first : first + count])
+    x = torch.randn(40, GROUPS[merged].inner, device=device).to(dtype)
+    width = sum(GROUPS[merged].features)
     y = torch.randn(40, width + 8, device=device).to(dtype)[:, :width]  # rows of a wider buffer
     out, wanted = run(adapters, step, x, y, merged, add=True)
     assert_close(out, wanted)
@@ -101,10 +111,10 @@ def test_next_step_in_the_same_bucket_meets_no_stale_tail(device: torch.device) 
     torch.manual_seed(3)
     adapters = make_adapters(mixed_ranks(), SHAPES, 7, torch.float32, device, 0.2)
     bounds = LoraBounds(43, 16, 5, 7)
-    step = make_lora_step(bounds, adapters, GROUPS[0])
+    step = make_lora_step(bounds, adapters, BATCHES[0])
     x = torch.randn(43, HIDDEN, device=device)
     lora_gather(step.meta, adapters.pieces, adapters.ranks)
-    lora_shrink(x, adapters.arena, step.meta, LAYER, 0, 3)
+    lora_shrink(x, adapters.arena, step.meta, LAYER, GROUPS["qkv"])
     # The step after: fewer rows, other slots, over the same device arrays.
     after = make_lora_step(bounds, adapters, [(1, 2), (3, 1)])
     step.meta.counts.copy_(after.meta.counts)
@@ -129,8 +139,8 @@ def test_same_bits_in_another_slot_and_beside_others(device: torch.device) -> No
         step = make_lora_step(bounds, adapters, groups)
         lora_gather(step.meta, adapters.pieces, adapters.ranks)
         y = torch.zeros(32, QUERY + 2 * KEY, device=device)
-        lora_shrink(x, adapters.arena, step.meta, LAYER, 0, 3)
-        lora_expand(y, adapters.arena, step.meta, LAYER, 0, (QUERY, KEY, KEY), add=False)
+        lora_shrink(x, adapters.arena, step.meta, LAYER, GROUPS["qkv"])
+        lora_expand(y, adapters.arena, step.meta, LAYER, GROUPS["qkv"], add=False)
         outs.append(y[:7])
     assert torch.equal(*outs)
     assert outs[0].abs().sum() > 0
@@ -148,22 +158,24 @@ def test_a_captured_graph_follows_the_metadata(device: torch.device) -> None:
     torch.manual_seed(5)
     adapters = make_adapters(mixed_ranks(), SHAPES, 7, torch.bfloat16, device, 0.2)
     bounds = LoraBounds(43, 16, 5, 7)
-    step = make_lora_step(bounds, adapters, GROUPS[0])
+    step = make_lora_step(bounds, adapters, BATCHES[0])
     x = torch.randn(43, HIDDEN, device=device).bfloat16()
     y = torch.zeros(43, QUERY + 2 * KEY, device=device).bfloat16()
 
     def launch() -> None:
         lora_gather(step.meta, adapters.pieces, adapters.ranks)
-        lora_shrink(x, adapters.arena, step.meta, LAYER, 0, 3)
-        lora_expand(y, adapters.arena, step.meta, LAYER, 0, (QUERY, KEY, KEY), add=False)
+        lora_shrink(x, adapters.arena, step.meta, LAYER, GROUPS["qkv"])
+        lora_expand(y, adapters.arena, step.meta, LAYER, GROUPS["qkv"], add=False)
 
     launch()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         launch()
-    packed = pack_lora_step(bounds, adapters, [(2, 3), (4, 20)]).to(device)
-    step.meta.counts._base.copy_(packed)
+    packed = lora_fields(bounds).split(pack_lora_step(bounds, adapters, [(2, 3), (4, 20)]).to(device))
+    step.meta.counts.copy_(packed["counts"])
+    step.meta.items.copy_(packed["lora_items"])
+    step.meta.work.copy_(packed["lora_work"])
     y.fill_(7.0)
     graph.replay()
     after = make_lora_step(bounds, adapters, [(2, 3), (4, 20)])
