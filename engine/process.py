@@ -28,7 +28,7 @@ log = logging.getLogger("loramux.engine")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(fromfile_prefix_chars="@")  # @FILE: the arguments of many adapters are too long
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--config", required=True, help="an EngineConfig as JSON")
     args = parser.parse_args()

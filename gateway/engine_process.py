@@ -6,6 +6,7 @@ be ended with it. When the gateway is killed, the kernel kills the engine (see e
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -46,7 +47,7 @@ class EngineProcess:
         path = str(folder / "engine.sock")
         process = None
         try:
-            process = await _spawn([*command, "--socket", path, "--config", msgspec.json.encode(config).decode()])
+            process = await _spawn([*command, "--socket", path, f"@{_config_file(folder, config)}"])
             return cls(process, folder, await _connect(path, process))
         except BaseException:
             await _end(process, folder)
@@ -69,6 +70,14 @@ class EngineProcess:
         code = await _end(self._process, self._folder)
         await self.client.close()
         return code
+
+
+def _config_file(folder: Path, config: EngineConfig) -> Path:
+    """The settings as arguments in a file, a line each: with many adapters they exceed what a command line holds."""
+    path = folder / "arguments"
+    text = json.dumps(msgspec.to_builtins(config))  # plain ASCII: no character in it that could end a line
+    path.write_text(f"--config\n{text}\n", encoding="ascii")
+    return path
 
 
 async def _spawn(command: Sequence[str]) -> Process:

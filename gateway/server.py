@@ -21,6 +21,7 @@ from gateway.settings import Settings, SettingsError
 from gateway.supervisor import Supervisor
 
 BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 65  # longer than clients keep idle connections, so that none is closed under a request
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 lifespan="off",
                 backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 proxy_headers=False,  # who may change the server is judged by the socket's peer
                 server_header=False,
                 ws="none",

@@ -97,6 +97,13 @@ async def test_it_starts_and_leaves_nothing(config: EngineConfig, lives: Lives) 
     assert is_gone(lives.pids[0])
 
 
+async def test_a_thousand_adapters_are_not_too_many(config: EngineConfig, lives: Lives) -> None:
+    paths = tuple(LoraPath(name=f"adapter-{i}", path="/adapters/" + "x" * 200 + str(i)) for i in range(1000))
+    config = msgspec.structs.replace(config, lora_paths=paths)
+    async with Watched(config, lives.command("ready")) as gateway:
+        assert len(gateway.client.adapters) == 1000
+
+
 async def test_a_refusal_is_raised_with_its_reason(config: EngineConfig, lives: Lives) -> None:
     with pytest.raises(EngineError, match="the reason"):
         await EngineProcess.start(config, lives.command("refuse"))
