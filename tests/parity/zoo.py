@@ -26,11 +26,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "mha-one-layer": {"layers": 1, "hidden": 40, "heads": 5, "kv_heads": 5, "head_dim": 8, "intermediate": 200},
     "biased": {
-        "layers": 2, "hidden": 64, "heads": 2, "kv_heads": 1, "head_dim": 34, "intermediate": 72,
+        "layers": 2, "hidden": 64, "heads": 2, "kv_heads": 1, "head_dim": 36, "intermediate": 72,
         "attention_bias": True,
     },
     "mistral": {
-        "model_type": "mistral", "layers": 2, "hidden": 56, "heads": 4, "kv_heads": 2, "head_dim": 18,
+        "model_type": "mistral", "layers": 2, "hidden": 56, "heads": 4, "kv_heads": 2, "head_dim": 28,
         "intermediate": 88, "sliding_window": 21,
     },
     "qwen2": {
