@@ -27,7 +27,7 @@ check: $(VENV)/.dev-installed
 bench: $(VENV)/.dev-installed
 	$(VENV)/bin/python -m benchmarks.serving $(ARGS)
 
-openapi: $(VENV)/.run-installed
+openapi: $(VENV)/.dev-installed
 	$(VENV)/bin/python openapi/generate.py
 
 $(VENV)/.run-installed: pyproject.toml constraints.txt
