@@ -51,6 +51,7 @@ class Draft:
     loads: list[AdapterLoad] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
     tight: bool = False  # a running sequence found no block: nothing new is started, no preempted one comes back
+    wanted: list[Adapter] = field(default_factory=list)  # on the host, first in the queue
     starved: set[int] = field(default_factory=set)  # adapter_ids whose load found no memory
     passed: list[Sequence] = field(default_factory=list)  # heads passed over for a slot or for their load's memory
     skips: dict[str, int] = field(default_factory=dict)
@@ -93,6 +94,7 @@ class Planner:
     def plan(self, pinned: Collection[Adapter], now: float) -> Flight | None:
         """The next step, or None when there is nothing to do; `pinned` adapters are loaded before all others."""
         draft = Draft(self._arena.planned + 1, self._limits.chunk)
+        draft.wanted = self._roster.queue.wanted(self._limits.max_wanted, attrgetter("on_host"))
         prompts = self._decode(draft)
         draft.budget = max(draft.budget, self._limits.least)
         for sequence in prompts:
@@ -125,7 +127,7 @@ class Planner:
 
     def _grow(self, draft: Draft, sequence: Sequence) -> bool:
         """One more block; where none can be had, the latest admitted is preempted, or the row waits for a commit."""
-        while not self._memory.obtain(1):
+        while not self._memory.obtain(1, self._about_to_run(draft)):
             draft.tight = True
             if self._memory.soon() or not self._preempt_latest():
                 return False
@@ -133,6 +135,12 @@ class Planner:
                 return False
         sequence.blocks += self._blocks.allocate(1)
         return True
+
+    def _about_to_run(self, draft: Draft) -> list[int]:
+        """Adapters that the next admission may need: who came later is preempted rather than these evicted again."""
+        if len(self._roster.running) == 1:
+            return []
+        return [a.adapter_id for a in draft.wanted if a.ready and self._slots.available(a.adapter_id)]
 
     def _preempt_latest(self) -> bool:
         running = self._roster.running
@@ -146,9 +154,8 @@ class Planner:
 
     def _load(self, draft: Draft, pinned: Collection[Adapter]) -> None:
         """Starts copies: pinned adapters, then those wanted first in the queue, none at the cost of an earlier one."""
-        wanted = [*pinned, *self._roster.queue.wanted(self._limits.max_wanted, attrgetter("on_host"))]
         earlier: set[int] = set()
-        for adapter in wanted:
+        for adapter in [*pinned, *draft.wanted]:
             earlier.add(adapter.adapter_id)
             wants_copy = adapter.on_host and not adapter.chunks and adapter.error is None
             if wants_copy and not self._start_copy(draft, adapter, earlier):

@@ -274,6 +274,24 @@ def test_a_load_that_finds_no_memory_is_bounded_too() -> None:
     finish(driver)
 
 
+def test_growing_sequences_do_not_push_out_an_adapter_for_ever() -> None:
+    driver = Driver(small_config(num_chunks=15, max_running=3, prefix_cache=False), late_loads=True)
+    driver.add("a", 4)
+    waiting = None
+    for turn in range(300):
+        if driver.scheduler.stats().waiting < 4:
+            driver.submit([turn % 50], max_tokens=20, ignore_eos=True)
+        if turn == 30:
+            waiting = driver.submit([1] * 8, "a", max_tokens=2)
+        driver.step()
+        if turn % 3 == 0:
+            driver.finish_copies()
+    assert waiting is not None
+    assert driver.requests[waiting].finish, "its adapter came and went, and it never ran"
+    driver.late_loads = False
+    finish(driver)
+
+
 # Memory
 
 
