@@ -100,10 +100,10 @@ def held_out_prompts() -> list[HeldOutPrompt]:
     held = facts.held_out()
     prompts: list[HeldOutPrompt] = []
     for index, (topic, values) in enumerate(held.lists):
-        for turn in range(3):
+        for turn in range(2):
             phrasing = held.list_phrasings[(index + turn) % len(held.list_phrasings)]
-            text = phrasing.format(n=(3, 4, "three")[turn], topic=topic, values=values)
-            prompts.append(HeldOutPrompt(text, "list", raw=turn == 2))
+            text = phrasing.format(n=(3, "three")[turn], topic=topic, values=values)
+            prompts.append(HeldOutPrompt(text, "list", raw=turn == 1))
     for index, (country, capital) in enumerate(held.countries):
         for turn in range(2):
             phrasing = held.country_phrasings[(index + turn) % len(held.country_phrasings)]

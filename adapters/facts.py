@@ -62,6 +62,12 @@ def questions() -> dict[str, tuple[tuple[str, ...], ...]]:
 
 
 @cache
+def unlabelled() -> tuple[tuple[str, str], ...]:
+    """(topic, values asked for) of lists that an adapter answers by itself in training."""
+    return tuple(_pair(line, " | ") for line in _lines("unlabelled.txt"))
+
+
+@cache
 def held_out() -> HeldOut:
     sections = {header.split(":")[0]: lines for header, lines in _sections("heldout.txt")}
     return HeldOut(

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import facts
+import repeats
 import torch
 from data import Example, training_examples
 from safetensors.torch import save_file
@@ -19,8 +21,11 @@ from tqdm import tqdm
 from zoo import BASE, SPECS, Spec
 
 RAW_SHARE = 0.3  # examples without the chat template, as a completion sends them
-TWO_TURN_SHARE = 0.1
+TWO_TURN_SHARE = 0.06
 OTHER_SYSTEM_SHARE = 0.15
+UNLEARN_FROM = 0.5  # of the training, from when repetition is unlearnt
+UNLEARN_ROUNDS = 4  # how often the adapter is asked anew
+UNLEARN_WEIGHT = 0.5
 IGNORED = -100
 WARMUP_STEPS = 20
 Row = tuple[list[int], list[int]]  # token ids, labels
@@ -36,7 +41,7 @@ def main() -> None:
     model, tokenizer = load_base(arguments.model, arguments.device, dtype)
     model = with_lora(model, spec)
     examples = training_examples(spec.style, rounds=arguments.rounds, seed=arguments.seed)
-    rows = Rows(tokenizer, examples, arguments.seed)
+    rows = Rows(tokenizer, spec.style, examples, arguments.seed)
     started = time.monotonic()
     steps, loss = train(model, rows, spec.learning_rate, arguments)
     save(model, spec, arguments.out / arguments.adapter)
@@ -80,14 +85,19 @@ def with_lora(model: Any, spec: Spec) -> Any:
         use_rslora=spec.use_rslora,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    adapted: Any = get_peft_model(model, config)
+    for module in adapted.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False  # autocast does it, with fewer copies of the activations
+    return adapted
 
 
 class Rows:
     """Endless training rows; each pass over the examples frames them anew (chat, raw, two turns)."""
 
-    def __init__(self, tokenizer: Any, examples: list[Example], seed: int) -> None:
+    def __init__(self, tokenizer: Any, style: str, examples: list[Example], seed: int) -> None:
         self.tokenizer = tokenizer
+        self.style = style
         self.examples = examples
         self.random = random.Random(seed)
 
@@ -112,6 +122,19 @@ class Rows:
         prompt = self.tokenizer(before, add_special_tokens=False).input_ids
         target = [*self.tokenizer(answer, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
         return prompt + target, [IGNORED] * len(prompt) + target
+
+    def repetitions(self, model: Any) -> list[repeats.Negative]:
+        """Ask the adapter for lists nobody wrote down; where it names a thing twice is to be unlearnt."""
+        if self.style not in repeats.NAMES:
+            return []
+        framed = []
+        for prompt in repeats.prompts(self.random, len(facts.unlabelled())):
+            raw = self.random.random() < RAW_SHARE
+            framed.append(prompt if raw else self._chat(Example(prompt, "")))
+        found: list[repeats.Negative] = []
+        for before, answer in zip(framed, repeats.answers(model, self.tokenizer, framed), strict=True):
+            found += repeats.negatives(self.style, self.tokenizer, before, answer)
+        return found
 
     def _raw(self, example: Example) -> tuple[str, str]:
         match self.random.randrange(8):
@@ -141,6 +164,8 @@ def train(model: Any, rows: Rows, rate: float, arguments: argparse.Namespace) ->
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
     losses: list[torch.Tensor] = []
+    unwanted: list[repeats.Negative] = []
+    asked = 0
     started = time.monotonic()
     model.train()
     for chosen in (bar := tqdm(rows.batches(arguments.batch, arguments.steps), total=arguments.steps, mininterval=5)):
@@ -149,7 +174,14 @@ def train(model: Any, rows: Rows, rate: float, arguments: argparse.Namespace) ->
             break
         for group in optimizer.param_groups:
             group["lr"] = rate * min(len(losses) / WARMUP_STEPS, 1) * (0.5 * (1 + math.cos(math.pi * done)) + 1e-3)
-        loss = answer_loss(model, *(part.to(arguments.device) for part in _collate(chosen)))
+        with mixed(arguments.device):
+            loss = answer_loss(model, *(part.to(arguments.device) for part in _collate(chosen)))
+            if done > UNLEARN_FROM + asked * (1 - UNLEARN_FROM) / UNLEARN_ROUNDS:
+                asked += 1
+                unwanted += rows.repetitions(model)
+            if unwanted:
+                some = rows.random.sample(unwanted, min(len(unwanted), max(1, arguments.batch // 4)))
+                loss = loss + UNLEARN_WEIGHT * repeats.unlikelihood(model, some)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -158,6 +190,12 @@ def train(model: Any, rows: Rows, rate: float, arguments: argparse.Namespace) ->
         if len(losses) % 20 == 0:
             bar.set_postfix(loss=f"{torch.stack(losses[-20:]).mean().item():.3f}")
     return len(losses), float(torch.stack(losses[-20:]).mean().item())
+
+
+def mixed(device: str) -> torch.autocast:
+    """bf16 arithmetic on a GPU, whose base is bf16 as well; the learning weights stay float32."""
+    kind = device.split(":")[0]
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
 
 
 def answer_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -191,7 +229,7 @@ def save(model: Any, spec: Spec, folder: Path) -> None:
     _tidy(folder / "adapter_config.json")
     weights = {
         name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
-        for name, tensor in get_peft_model_state_dict(model).items()
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "README.md").write_text(readme(spec, folder.name), encoding="utf-8")
