@@ -17,9 +17,9 @@ def summary(gateway: Gateway, address: tuple[str, int]) -> str:
 
 
 def _model_line(model: ModelInfo) -> str:
-    millions = f"{model.parameters / 1e6:,.0f} M parameters, " if model.parameters else ""
+    size = f"{human_count(model.parameters)} parameters, " if model.parameters else ""
     where = f"{model.dtype} on {model.device}, context {model.max_model_len:,} tokens"
-    return f"\n  model     {model.served_name} ({millions}{where})"
+    return f"\n  model     {model.served_name} ({size}{where})"
 
 
 def _arena_line(model: ModelInfo) -> str:
@@ -66,3 +66,8 @@ def human_bytes(size: int) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} {UNITS[-1]}"
+
+
+def human_count(number: int) -> str:
+    """Parameters as models are named by them: 8.03 B, 135 M."""
+    return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.3g} M"

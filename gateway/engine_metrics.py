@@ -24,7 +24,17 @@ LABELLED = {
     "adapter_loads": ("Stages of adapter loads that ended.", ("stage", "outcome")),
 }
 COUNTER_HELP = {
+    "aborted": "Sequences ended by their client.",
+    "adapter_hits": "Sequences whose adapter was resident when they came.",
+    "adapter_misses": "Sequences whose adapter had to be loaded first.",
+    "drains": "Adapters that were unloaded while requests were open.",
+    "failed": "Requests that ended without a result.",
+    "mixed_adapter_steps": "Steps that served more than one of base and adapters.",
+    "mixed_steps": "Steps with prefill and decode together.",
     "preemptions": "Sequences whose memory was taken for others.",
+    "prefix_hit_tokens": "Prompt tokens found in the prefix cache.",
+    "prefix_query_tokens": "Prompt tokens looked up in the prefix cache.",
+    "prompt_chunks": "Parts of prompts that did not fit a step whole.",
     "steps": "Steps of the engine.",
     "steps_planned_ahead": "Steps planned while the one before still ran.",
 }
