@@ -1,9 +1,9 @@
 """Takes a step's results in: tokens, stops, log-probabilities, blocks for the prefix cache. Called by the scheduler."""
 
 from engine.blocks import Blocks
+from engine.draft import Flight
 from engine.messages import SequenceOutput
 from engine.plan import SequenceResult, SequenceStep, StepResult
-from engine.planner import Flight
 from engine.roster import Roster
 from engine.sequence import Sequence, SequenceState
 from engine.stats import Recorder

@@ -1,69 +1,23 @@
 """Builds one step's plan: decodes, then prompts under way, then loads, then admissions. Called by the scheduler.
 
-A sequence is in a plan only if its adapter is resident and stands in a slot. Whoever waits for an adapter, a slot or
-a step to commit is passed over; memory alone stops the queue, so that long prompts are not starved by short ones.
+A sequence is in a plan only if its adapter is resident and stands in a slot. Whoever waits for an adapter or a slot is
+passed over; memory stops the queue, so that long prompts are not starved by short ones.
 """
 
-import enum
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from operator import attrgetter
 
 from engine.adapters.catalog import Adapter
 from engine.adapters.residency import Residency
 from engine.arena import Arena
 from engine.blocks import Blocks
+from engine.draft import Draft, Flight, PlanLimits, Verdict
 from engine.memory import Memory
-from engine.plan import AdapterLoad, Admission, SequenceStep, StepPlan
+from engine.plan import Admission, SequenceStep, StepPlan
 from engine.roster import Roster
 from engine.sequence import Sequence, SequenceState
 from engine.slots import Slots
 from engine.stats import Recorder
-
-
-@dataclass(frozen=True, slots=True)
-class PlanLimits:
-    """What bounds a step."""
-
-    chunk: int  # a step's tokens as long as decodes leave some of them to prompts
-    least: int  # what prompts get in any case
-    chunking: bool  # a prompt may be computed in several steps
-    max_wanted: int  # waiting adapters on the host, in queue order, that are copied ahead of a slot
-    patience: int  # admissions that may pass a sequence before a slot or memory is reserved for it
-
-
-class Verdict(enum.Enum):
-    """What became of the queue's head."""
-
-    ADMITTED = "admitted"
-    NOT_RESIDENT = "not_resident"
-    NO_SLOT = "no_slot"
-    STOP = "stop"
-
-
-@dataclass(slots=True)
-class Draft:
-    """A plan in the making."""
-
-    step: int
-    budget: int  # tokens left
-    rows: list[tuple[int, bool, int, SequenceStep, Sequence]] = field(default_factory=list)
-    loads: list[AdapterLoad] = field(default_factory=list)
-    admissions: list[Admission] = field(default_factory=list)
-    tight: bool = False  # a running sequence found no block: nothing new is started, no preempted one comes back
-    wanted: list[Adapter] = field(default_factory=list)  # on the host, first in the queue
-    starved: set[int] = field(default_factory=set)  # adapter_ids whose load found no memory
-    passed: list[Sequence] = field(default_factory=list)  # heads passed over for a slot or for their load's memory
-    skips: dict[str, int] = field(default_factory=dict)
-    reserved: int | None = None  # adapter_id that gets no further sequences, so that its slot drains
-
-
-@dataclass(frozen=True, slots=True)
-class Flight:
-    """A plan that has not committed, with its sequences as they were."""
-
-    plan: StepPlan
-    sequences: list[tuple[Sequence, int]]  # aligned with the plan's; the admission each row belongs to
 
 
 class Planner:

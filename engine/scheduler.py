@@ -14,10 +14,11 @@ from engine.arena import Arena
 from engine.blocks import Blocks
 from engine.commit import Committer
 from engine.config import EngineConfig
+from engine.draft import Flight, PlanLimits
 from engine.memory import Memory
 from engine.messages import RequestFailed, SequenceOutput, Stats, Submit
 from engine.plan import StepPlan, StepResult
-from engine.planner import Flight, PlanLimits, Planner
+from engine.planner import Planner
 from engine.queue import WaitingQueue, queue_order
 from engine.roster import Roster
 from engine.slots import Slots

@@ -1,0 +1,53 @@
+"""A plan in the making, and one on its way. Filled by the planner, kept by the scheduler until it commits."""
+
+import enum
+from dataclasses import dataclass, field
+
+from engine.adapters.catalog import Adapter
+from engine.plan import AdapterLoad, Admission, SequenceStep, StepPlan
+from engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PlanLimits:
+    """What bounds a step."""
+
+    chunk: int  # a step's tokens as long as decodes leave some of them to prompts
+    least: int  # what prompts get in any case
+    chunking: bool  # a prompt may be computed in several steps
+    max_wanted: int  # waiting adapters on the host, in queue order, that are copied ahead of a slot
+    patience: int  # admissions that may pass a sequence before a slot or memory is reserved for it
+
+
+class Verdict(enum.Enum):
+    """What became of the queue's head."""
+
+    ADMITTED = "admitted"
+    NOT_RESIDENT = "not_resident"
+    NO_SLOT = "no_slot"
+    STOP = "stop"
+
+
+@dataclass(slots=True)
+class Draft:
+    """A plan in the making."""
+
+    step: int
+    budget: int  # tokens left
+    rows: list[tuple[int, bool, int, SequenceStep, Sequence]] = field(default_factory=list)
+    loads: list[AdapterLoad] = field(default_factory=list)
+    admissions: list[Admission] = field(default_factory=list)
+    tight: bool = False  # a running sequence found no block: nothing new is started, no preempted one comes back
+    wanted: list[Adapter] = field(default_factory=list)  # on the host, first in the queue
+    starved: set[int] = field(default_factory=set)  # adapter_ids whose load found no memory
+    passed: list[Sequence] = field(default_factory=list)  # heads passed over for a slot or for their load's memory
+    skips: dict[str, int] = field(default_factory=dict)
+    reserved: int | None = None  # adapter_id that gets no further sequences, so that its slot drains
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A plan that has not committed, with its sequences as they were."""
+
+    plan: StepPlan
+    sequences: list[tuple[Sequence, int]]  # aligned with the plan's; the admission each row belongs to

@@ -1,0 +1,50 @@
+"""Flags become the brain's sizes."""
+
+import pytest
+
+from engine.config import EngineConfig, LoraPath
+from engine.scheduler import SchedulerConfig, scheduler_config
+
+
+def config(flags: EngineConfig, *, on_gpu: bool = False) -> SchedulerConfig:
+    return scheduler_config(
+        flags,
+        num_chunks=1000,
+        block_tokens=16,
+        chunk_bytes=4096,
+        max_model_len=2048,
+        eos_token_ids=frozenset({2}),
+        max_adapter_chunks=40,
+        on_gpu=on_gpu,
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "on_gpu", "tokens"),
+    [(None, False, 256), (None, True, 2048), (100, False, 100), (-1, False, None)],
+)
+def test_the_chunk_of_a_prompt(size: int | None, on_gpu: bool, tokens: int | None) -> None:
+    assert config(EngineConfig(chunked_prefill_size=size), on_gpu=on_gpu).prefill_tokens == tokens
+
+
+@pytest.mark.parametrize(("size", "running", "tokens"), [(256, 8, 256), (256, 256, 320), (-1, 8, 2056)])
+def test_the_largest_step(size: int, running: int, tokens: int) -> None:
+    flags = EngineConfig(chunked_prefill_size=size, max_running_requests=running)
+    assert config(flags).step_tokens == tokens
+
+
+def test_paths_alone_enable_lora() -> None:
+    assert not config(EngineConfig()).enable_lora
+    assert config(EngineConfig(lora_paths=(LoraPath(name="a", path="x"),))).enable_lora
+
+
+def test_flags_pass() -> None:
+    flags = EngineConfig(
+        disable_radix_cache=True, schedule_policy="priority", max_loras_per_batch=3, max_loaded_loras=5,
+        max_queued_requests=7,
+    )  # fmt: skip
+    made = config(flags)
+    assert (made.prefix_cache, made.policy, made.max_slots, made.max_loaded, made.max_queued) == (
+        False, "priority", 3, 5, 7,
+    )  # fmt: skip
+    assert made.longest_context == (1000 - 40) * 16
