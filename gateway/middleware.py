@@ -107,7 +107,8 @@ class LimitBody:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._limit:
-                await _drain(receive)
+                if message.get("more_body", False):
+                    await _drain(receive)
                 raise self._too_large()
             return message
 

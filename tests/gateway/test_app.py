@@ -101,6 +101,16 @@ async def test_a_large_body_over_a_socket_gets_its_answer(app: App) -> None:
         assert (await client.post("/v1/completions", json=COMPLETION)).status_code == 200
 
 
+async def test_a_body_without_a_length_is_measured_over_a_socket_too(app: App) -> None:
+    async def chunks(count: int) -> AsyncIterator[bytes]:
+        for _ in range(count):
+            yield b" " * 1001
+
+    async with serve(app.asgi) as address, httpx.AsyncClient(base_url=address, timeout=10) as client:
+        for count in (1, 3):  # the chunk that is too much is the last one, or not
+            assert (await client.post("/v1/completions", content=chunks(count))).status_code == 413
+
+
 async def test_every_answer_has_a_request_id(client: httpx.AsyncClient) -> None:
     seen = set()
     for path in ("/health", "/nothing", "/v1/models", "/v1/completions", "/metrics"):
