@@ -3,7 +3,7 @@
 The draw is engine.worker.draw's: filters keep every token whose probability reaches the threshold they find, and the
 cumulated probabilities are inverted at the row's noise. Thresholds are found by bisection over the bits of a float32.
 """
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined"
 
 import triton
 import triton.language as tl

@@ -16,7 +16,9 @@ UPDATE_INTS = 2  # place in the flat block tables, chunk
 EDIT_INTS = 4  # sample, token, bits of what is added to the logit, 0
 
 # Positions in a line of the field `samples`; floats are stored by their bits.
-ROW, STATE, TEMPERATURE, TOP_K, TOP_P, MIN_P, NOISE_HIGH, NOISE_LOW, REPETITION, FREQUENCY, PRESENCE, PENALIZED = range(12)
+ROW, STATE, TEMPERATURE, TOP_K, TOP_P, MIN_P, NOISE_HIGH, NOISE_LOW, REPETITION, FREQUENCY, PRESENCE, PENALIZED = range(
+    12
+)
 SAMPLE_INTS = 12
 NOISE_BITS = 24  # of each half of the noise
 

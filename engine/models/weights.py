@@ -54,25 +54,29 @@ class SafetensorsSource:
 class DummySource:
     """Random weights of a plausible scale, the same in each run."""
 
-    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
+    def __init__(self, dtype: torch.dtype, seed: int = 0, device: torch.device | None = None) -> None:
         self._dtype = dtype
-        self._generator = torch.Generator().manual_seed(seed)
+        self._device = torch.device("cpu") if device is None else device
+        self._generator = torch.Generator(self._device).manual_seed(seed)
 
     def has(self, name: str) -> bool:
         return True
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
         if len(shape) == 1:
-            return torch.zeros(shape, dtype=self._dtype) if "bias" in name else torch.ones(shape, dtype=self._dtype)
-        return torch.empty(shape, dtype=self._dtype).normal_(0.0, 0.02, generator=self._generator)
+            return tensor.fill_(0.0 if "bias" in name else 1.0)
+        return tensor.normal_(0.0, 0.02, generator=self._generator)
 
     def close(self) -> None:
         pass
 
 
-def open_weights(folder: Path, load_format: str, dtype: torch.dtype) -> SafetensorsSource | DummySource:
-    """`load_format` is auto or dummy."""
-    return DummySource(dtype) if load_format == "dummy" else SafetensorsSource(folder, dtype)
+def open_weights(
+    folder: Path, load_format: str, dtype: torch.dtype, device: torch.device | None = None
+) -> SafetensorsSource | DummySource:
+    """`load_format` is auto or dummy; random numbers are made on the device."""
+    return DummySource(dtype, device=device) if load_format == "dummy" else SafetensorsSource(folder, dtype)
 
 
 def head_is_tied(config: ModelConfig, source: WeightSource) -> bool:

@@ -1,6 +1,6 @@
 """Streams, events and host memory of the device that a worker drives: a GPU, or the CPU behind Triton's interpreter.
 
-Everything a step does is in the order of one stream; `beside` opens a second one next to it, joined before what follows.
+All that a step does is in the order of one stream; `beside` opens a second one next to it, joined before what follows.
 """
 
 import contextlib
@@ -68,9 +68,9 @@ class CudaAccelerator:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._steps = torch.cuda.Stream(device)
-        self._copies = torch.cuda.Stream(device)
-        self._beside = torch.cuda.Stream(device, priority=-1)
+        self._steps = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._beside = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     def launching(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._steps)
@@ -89,7 +89,7 @@ class CudaAccelerator:
         self._steps.wait_stream(self._beside)
 
     def event(self, *, sleeping: bool = False) -> Event:
-        return torch.cuda.Event(blocking=sleeping)
+        return torch.cuda.Event(blocking=sleeping)  # type: ignore[no-untyped-call]
 
     def host(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, pin_memory=True)

@@ -46,6 +46,8 @@ class Pending:
 class Runner:
     """The device's side of a step. `forward` and `sample` alternate."""
 
+    graph_replays = 0  # nothing is captured on this path
+
     def __init__(
         self,
         decoder: Decoder,

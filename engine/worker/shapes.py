@@ -6,6 +6,7 @@ A step runs in the smallest shape that holds it; what a shape holds beyond the s
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from engine.config import EngineConfig
 from engine.geometry import PIECE_RANKS, Geometry
@@ -141,7 +142,10 @@ class Shapes:
         return StepShape(tokens, sequences, prefill, lora, attention, bounds, PackedLayout(tuple(fields)))
 
 
-def windowed[T](fields: Mapping[str, T]) -> dict[str, T]:
+T = TypeVar("T")
+
+
+def windowed(fields: Mapping[str, T]) -> dict[str, T]:
     """The second set of attention lists under the names of the first."""
     return {name.removeprefix(WINDOWED): field for name, field in fields.items() if name.startswith(WINDOWED)}
 

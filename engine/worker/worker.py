@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -52,14 +53,43 @@ class WorkerInfo:
     largest_step_seconds: float
 
 
+class StepRunner(Protocol):
+    """The part that runs steps: Runner, or DeviceRunner on a GPU."""
+
+    @property
+    def graph_replays(self) -> int: ...
+
+    def forward(self, plan: StepPlan) -> None: ...
+
+    def sample(
+        self, plan: StepPlan, masks: Mapping[int, Tensor] | None = None, force: Mapping[int, int] | None = None
+    ) -> Pending: ...
+
+
+class Bank(Protocol):
+    """The part that holds resident adapters: AdapterBank, or DeviceBank on a GPU."""
+
+    def load(
+        self, load: AdapterLoad, adapter: HostPages, done: Callable[[int, BaseException | None], None]
+    ) -> None: ...
+
+    def drop(self, adapter_id: int) -> None: ...
+
+    def poison(self, chunks: Sequence[int]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Worker:
     """`forward` and `sample` run on one step thread, `load` and `drop` on the loop's."""
 
-    def __init__(self, info: WorkerInfo, runner: Runner, bank: AdapterBank, chooser: LoraChooser, threads: int) -> None:
+    def __init__(
+        self, info: WorkerInfo, runner: StepRunner, bank: Bank, lora_steps: Mapping[str, int], threads: int
+    ) -> None:
         self.info = info
         self._runner = runner
         self._bank = bank
-        self._chooser = chooser
+        self._lora_steps = lora_steps
         self._threads = threads
         self._prepared = threading.local()
 
@@ -82,8 +112,13 @@ class Worker:
 
     @property
     def lora_steps(self) -> Mapping[str, int]:
-        """Steps by the way their adapters were computed: base, stacked, segmented."""
-        return self._chooser.counts
+        """Steps by the way their adapters were computed: base, stacked, segmented; on a GPU base, triton."""
+        return self._lora_steps
+
+    @property
+    def graph_replays(self) -> int:
+        """Steps that ran as a captured graph."""
+        return self._runner.graph_replays
 
     def load(self, load: AdapterLoad, adapter: HostPages, done: Callable[[int, BaseException | None], None]) -> None:
         """Brings an adapter's pages into its chunks; returns at once.
@@ -131,15 +166,19 @@ class Worker:
 
 
 def _start(config: EngineConfig, folder: Path, progress: Progress) -> Worker:
-    device = _device(config)
+    device, backend = choose_device(config)
+    if backend == "triton":
+        from engine.worker.device_start import start_device  # triton is not on every platform
+
+        return start_device(config, folder, device, progress)
     model = load_config(folder)
-    dtype = _dtype(config, model, device)
+    dtype = dtype_of(config, model, device)
     threads = config.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     geometry = make_geometry(model.dims, dtype.itemsize)
     context = min(config.context_length or model.max_position, model.max_position)
     size = size_arena(config, model.dims, geometry, context, allowed_bytes(config, device))
-    source = open_weights(folder, config.load_format, dtype)
+    source = open_weights(folder, config.load_format, dtype, device)
     with torch.inference_mode():
         decoder = load_decoder(model, source, dtype, device, context, progress)
         source.close()
@@ -157,11 +196,11 @@ def _start(config: EngineConfig, folder: Path, progress: Progress) -> Worker:
     )
     sampler = Sampler(rows, config.max_running_requests, model.dims.vocab, model.eos_token_ids, device)
     runner = Runner(decoder, attention, chooser, rows, sampler, geometry.block_tokens, device)
-    info = _info(config, model, geometry, size, dtype, device, _step_tokens(config, device, context))
-    return Worker(info, runner, bank, chooser, threads).warmed_up()
+    info = make_info(config, model, geometry, size, dtype, device, step_tokens_of(config, device, context))
+    return Worker(info, runner, bank, chooser.counts, threads).warmed_up()
 
 
-def _info(
+def make_info(
     config: EngineConfig,
     model: ModelConfig,
     geometry: Geometry,
@@ -169,6 +208,7 @@ def _info(
     dtype: torch.dtype,
     device: torch.device,
     step_tokens: int,
+    backend: str = "torch",
 ) -> WorkerInfo:
     return WorkerInfo(
         model=model,
@@ -180,29 +220,32 @@ def _info(
         max_running=config.max_running_requests,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
-        lora_backend="torch",
+        lora_backend=backend,
         largest_step_seconds=0.0,
     )
 
 
-def _step_tokens(config: EngineConfig, device: torch.device, context: int) -> int:
+def step_tokens_of(config: EngineConfig, device: torch.device, context: int) -> int:
     size = config.chunked_prefill_size
     if size is None:
         return CPU_STEP_TOKENS if device.type == "cpu" else GPU_STEP_TOKENS
     return context if size == -1 else size
 
 
-def _device(config: EngineConfig) -> torch.device:
+def choose_device(config: EngineConfig) -> tuple[torch.device, str]:
+    """(device, LoRA backend): a GPU with triton where there is one, else the CPU with torch."""
     if config.tp_size != 1:
         raise StartupError(f"--tp-size {config.tp_size}: tensor parallelism is not built yet")
-    if config.lora_backend == "triton":
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise StartupError("--device cuda: torch finds no GPU here; use cpu")
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    if config.lora_backend == "triton" and not on_gpu:
         raise StartupError("--lora-backend triton needs a GPU; use torch")
-    if config.device not in ("auto", "cpu"):
-        raise StartupError(f"--device {config.device} is not built yet; use cpu")
-    return torch.device("cpu")
+    backend = "torch" if config.lora_backend == "torch" or not on_gpu else "triton"
+    return torch.device("cuda", 0) if on_gpu else torch.device("cpu"), backend
 
 
-def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+def dtype_of(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         return DTYPES[config.dtype]
     if device.type == "cpu":

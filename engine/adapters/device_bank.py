@@ -1,0 +1,126 @@
+"""Adapters in a GPU's arena: copied there on a stream of their own, found by the kernels through tables of offsets.
+
+The loop's thread calls `load` and `drop`, the step's thread `assign`. A thread waits for each load's event and tells
+who asked; no step does.
+"""
+
+import threading
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.adapters.bank import Done, HostPages, PlaceLike
+from engine.geometry import PIECE_ALIGN, Geometry
+from engine.models.dims import LORA_MODULES, ModelDims
+from engine.plan import AdapterLoad
+from engine.worker.accelerator import Accelerator
+from engine.worker.staging import Ints
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTables:
+    """Where one resident adapter's pieces lie; copied to whatever slot it takes."""
+
+    pieces: Tensor  # [layers, 7, 2, rank_blocks] int32 on the device: units of 256 bytes from the arena's start, or -1
+    ranks: Tensor  # [layers, 7] int32 on the device
+    blocks: int  # most rank blocks of a module
+
+
+class DeviceBank:
+    """Resident adapters by id, and the slots' tables. `arena` is [chunks, chunk_elements]."""
+
+    def __init__(
+        self,
+        arena: Tensor,
+        dims: ModelDims,
+        geometry: Geometry,
+        slots: int,
+        rank_blocks: int,
+        accelerator: Accelerator,
+    ) -> None:
+        modules = len(LORA_MODULES)
+        device = accelerator.device
+        self.pieces = torch.full((slots, dims.layers, modules, 2, rank_blocks), -1, dtype=torch.int32, device=device)
+        self.ranks = torch.zeros(slots, dims.layers, modules, dtype=torch.int32, device=device)
+        self.slot_blocks: Ints = np.zeros(slots, np.int32)  # [slots]
+        self._bytes = arena.view(torch.uint8)  # [chunks, chunk_bytes]
+        self._arena = arena
+        self._dims = dims
+        self._geometry = geometry
+        self._accelerator = accelerator
+        self._lock = threading.Lock()
+        self._resident: dict[int, AdapterTables] = {}
+        self._slots: list[AdapterTables | None] = [None] * slots
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-loads")
+
+    def load(self, load: AdapterLoad, adapter: HostPages, done: Done) -> None:
+        """Copies the pages to the chunks; `done(adapter_id, error)` is called from the loading thread."""
+        self._thread.submit(lambda: done(load.adapter_id, self._load(load, adapter)))
+
+    def drop(self, adapter_id: int) -> None:
+        """The adapter's chunks are about to be reused."""
+        with self._lock:
+            self._resident.pop(adapter_id, None)
+
+    def assign(self, slots: Sequence[int | None], used: Collection[int]) -> None:
+        """Brings the tables of the slots that a step uses up to date. Raises KeyError for an adapter not resident."""
+        for slot in used:
+            adapter_id = slots[slot]
+            assert adapter_id is not None
+            with self._lock:
+                tables = self._resident[adapter_id]
+            if self._slots[slot] is not tables:
+                self.pieces[slot].copy_(tables.pieces)
+                self.ranks[slot].copy_(tables.ranks)
+                self.slot_blocks[slot] = tables.blocks
+                self._slots[slot] = tables
+
+    def settle(self) -> None:
+        """Waits until all that was asked for is done; for tests."""
+        self._thread.submit(lambda: None).result()
+
+    def close(self) -> None:
+        """Ends the loading thread; loads that have not begun never report."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def poison(self, chunks: Sequence[int]) -> None:
+        """Fills freed chunks with NaN, so that a test sees whoever still reads them."""
+        with self._accelerator.launching():
+            for chunk in chunks:
+                self._arena[chunk].fill_(float("nan"))
+
+    @torch.inference_mode()
+    def _load(self, load: AdapterLoad, adapter: HostPages) -> BaseException | None:
+        try:
+            copied = self._accelerator.event(sleeping=True)
+            pieces, ranks = self._tables(load.chunks, adapter.layout.places)
+            with self._accelerator.copying():
+                for chunk, page in zip(load.chunks, adapter.pages, strict=True):
+                    self._bytes[chunk].copy_(page, non_blocking=True)
+                tables = AdapterTables(
+                    self._accelerator.upload(pieces),
+                    self._accelerator.upload(ranks),
+                    -(-int(ranks.max(initial=0)) // 16),
+                )
+                copied.record()
+            copied.synchronize()
+            with self._lock:
+                self._resident[load.adapter_id] = tables
+        except Exception as error:  # told to whoever asked for the load
+            return error
+        return None
+
+    def _tables(self, chunks: Sequence[int], places: Sequence[PlaceLike]) -> tuple[Ints, Ints]:
+        """(pieces [layers, 7, 2, rank_blocks], ranks [layers, 7])."""
+        fields = np.array([(p.layer, p.module, p.side, p.rank_block, p.ranks, p.chunk, p.offset) for p in places])
+        layer, module, side, block, ranks, chunk, offset = fields.reshape(-1, 7).T
+        pieces = np.full(self.pieces.shape[1:], -1, np.int32)
+        starts = np.array(chunks, np.int64)[chunk] * self._geometry.chunk_bytes + offset
+        pieces[layer, module, side, block] = starts // PIECE_ALIGN
+        total = np.zeros(self.ranks.shape[1:], np.int32)
+        np.add.at(total, (layer, module), np.where(side == 0, ranks, 0).astype(np.int32))
+        return pieces, total

@@ -1,0 +1,168 @@
+"""The decoder on the device: every family's layers as a sequence of launches over buffers that never move.
+
+The runner calls it eagerly or captures it. LoRA's deltas are computed beside the base products and added by the op that
+follows each anyway. The caller fills the step's lists before; nothing here depends on them but through the device.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.models.config import ModelConfig
+from engine.models.device_weights import DecoderWeights, LayerWeights, Linear
+from engine.worker.accelerator import Accelerator
+from kernels.attention_decode import decode_attention
+from kernels.attention_meta import AttentionMeta
+from kernels.attention_prefill import prefill_attention
+from kernels.layout import KvLayout
+from kernels.lora_expand import lora_expand
+from kernels.lora_meta import LoraGroup, LoraMeta
+from kernels.lora_shrink import lora_shrink
+from kernels.norm import add_rms_norm, rms_norm
+from kernels.rotary import rotary_store
+from kernels.silu_mul import silu_mul
+from kernels.step_input import embed
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """What one shape's steps read from the device."""
+
+    ids: Tensor  # [tokens] int32
+    positions: Tensor  # [tokens] int32
+    locations: Tensor  # [tokens] int32
+    attention: AttentionMeta
+    windowed: AttentionMeta  # of the layers with a sliding window
+    lora: LoraMeta | None  # None: nobody in the step has an adapter
+    prefill: bool
+
+
+class DecoderBuffers:
+    """Activations of the largest step; a smaller one uses the first rows."""
+
+    def __init__(self, config: ModelConfig, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        dims = config.dims
+        query, key = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
+
+        def rows_of(width: int) -> Tensor:
+            return torch.zeros(rows, width, dtype=dtype, device=device)
+
+        self.residual = rows_of(dims.hidden)
+        self.hidden = rows_of(dims.hidden)
+        self.qkv = rows_of(query + 2 * key)
+        self.query = rows_of(query)
+        self.mixed = rows_of(query)
+        self.gate_up = rows_of(2 * dims.intermediate)
+        self.active = rows_of(dims.intermediate)
+        self._delta = rows_of(max(query + 2 * key, 2 * dims.intermediate, dims.hidden)).view(-1)
+
+    def delta(self, rows: int, width: int) -> Tensor:
+        """[rows, width]; one delta is read before the next is written."""
+        return self._delta[: rows * width].view(rows, width)
+
+
+class DeviceDecoder:
+    """`forward` leaves the normalised hidden states of all tokens in `buffers.hidden`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        buffers: DecoderBuffers,
+        table: Tensor,
+        kv: KvLayout,
+        last_token: Tensor,
+        accelerator: Accelerator,
+    ) -> None:
+        dims = config.dims
+        self.buffers = buffers
+        self._config = config
+        self._weights = weights
+        self._table = table  # [positions, head_dim] float32
+        self._kv = kv
+        self._last_token = last_token  # [state rows] int64
+        self._accelerator = accelerator
+        self._arena = torch.empty(0)
+        self._scale = dims.head_dim**-0.5
+        query, key = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
+        self._qkv = LoraGroup(0, dims.hidden, (query, key, key))
+        self._o = LoraGroup(3, query, (dims.hidden,))
+        self._gate_up = LoraGroup(4, dims.hidden, (dims.intermediate, dims.intermediate))
+        self._down = LoraGroup(6, dims.intermediate, (dims.hidden,))
+        self._window_layers = config.sliding_layers or (False,) * dims.layers
+
+    def use(self, arena: Tensor) -> None:
+        """Keys, values and adapters are in this arena from now on."""
+        self._arena = arena
+
+    def forward(self, step: StepTensors) -> None:
+        """Launches all layers."""
+        weights, buffers, rows = self._weights, self.buffers, step.ids.shape[0]
+        residual, hidden = buffers.residual[:rows], buffers.hidden[:rows]
+        embed(residual, weights.embed, step.ids, self._last_token)
+        rms_norm(hidden, residual, weights.layers[0].attention_norm, self._config.norm_eps)
+        following = [layer.attention_norm for layer in weights.layers[1:]]
+        for index, (layer, norm) in enumerate(zip(weights.layers, [*following, weights.norm], strict=True)):
+            self._attend(index, layer, step, hidden)
+            self._add(index, self._o, layer.o, buffers.mixed[:rows], step, layer.mlp_norm)
+            self._feed_forward(index, layer, step, hidden)
+            self._add(index, self._down, layer.down, buffers.active[:rows], step, norm)
+
+    def logits(self, out: Tensor, hidden: Tensor) -> None:
+        """out: [rows, vocab] float32; hidden: [rows, hidden] from `forward`."""
+        head = self._weights.head.t()
+        if hidden.dtype == torch.float32:
+            torch.mm(hidden, head, out=out)
+        else:
+            torch.mm(hidden, head, out_dtype=torch.float32, out=out)
+
+    def _attend(self, index: int, layer: LayerWeights, step: StepTensors, hidden: Tensor) -> None:
+        """Projects, rotates, stores and attends; the result is in `buffers.mixed`."""
+        rows, kv, buffers = hidden.shape[0], self._kv, self.buffers
+        qkv, query, out = buffers.qkv[:rows], buffers.query[:rows], buffers.mixed[:rows]
+        delta = self._product(index, self._qkv, layer.qkv, hidden, qkv, step.lora)
+        norms = None if layer.qk_norms is None else (*layer.qk_norms, self._config.norm_eps)
+        counts = None if delta is None else step.attention.counts
+        rotary_store(
+            query, qkv, self._arena, kv, index, step.positions, step.locations, self._table,
+            delta=delta, counts=counts, norms=norms,
+        )  # fmt: skip
+        sliding = self._window_layers[index]
+        meta = step.windowed if sliding else step.attention
+        if step.prefill:
+            window = self._config.sliding_window or 0 if sliding else 0
+            prefill_attention(out, query, self._arena, kv, index, meta, self._scale, window)
+        decode_attention(out, query, self._arena, kv, index, meta, self._scale)
+
+    def _feed_forward(self, index: int, layer: LayerWeights, step: StepTensors, hidden: Tensor) -> None:
+        rows, buffers = hidden.shape[0], self.buffers
+        gate_up = buffers.gate_up[:rows]
+        delta = self._product(index, self._gate_up, layer.gate_up, hidden, gate_up, step.lora)
+        silu_mul(buffers.active[:rows], gate_up, delta=delta, counts=None if delta is None else step.attention.counts)
+
+    def _add(self, index: int, group: LoraGroup, linear: Linear, x: Tensor, step: StepTensors, norm: Tensor) -> None:
+        """The residual takes a product in, and the next norm is taken of it."""
+        rows = x.shape[0]
+        residual, hidden = self.buffers.residual[:rows], self.buffers.hidden[:rows]
+        delta = self._product(index, group, linear, x, hidden, step.lora)
+        counts = None if delta is None else step.attention.counts
+        add_rms_norm(hidden, residual, hidden, norm, self._config.norm_eps, delta=delta, counts=counts)
+
+    def _product(
+        self, index: int, group: LoraGroup, linear: Linear, x: Tensor, out: Tensor, lora: LoraMeta | None
+    ) -> Tensor | None:
+        """out = x @ weight.T (+ bias); the adapters' delta, which the next op adds, is computed beside it."""
+        delta = None
+        if lora is not None:
+            delta = self.buffers.delta(*out.shape)
+            with self._accelerator.beside():
+                lora_shrink(x, self._arena, lora, index, group)
+                lora_expand(delta, self._arena, lora, index, group, add=False)
+        if linear.bias is None:
+            torch.mm(x, linear.weight.t(), out=out)
+        else:
+            torch.addmm(linear.bias, x, linear.weight.t(), out=out)
+        if lora is not None:
+            self._accelerator.join()
+        return delta
