@@ -1,5 +1,6 @@
 """`loramux serve` as users start it: a process of its own on a free port, ended with its engine whatever happens."""
 
+import asyncio
 import contextlib
 import os
 import re
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -53,10 +54,10 @@ class Server:
         (engine,) = psutil.Process(self.pid).children()
         return engine
 
-    def client(self, **headers: str) -> httpx.AsyncClient:
+    def client(self, *, seconds: float = 60, **headers: str) -> httpx.AsyncClient:
         """Any number of connections, kept open only as long as the client."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=60, limits=limits, trust_env=False)
+        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=seconds, limits=limits, trust_env=False)
 
     def text(self) -> str:
         """The log so far."""
@@ -159,6 +160,14 @@ class Figures:
 
 async def figures(client: httpx.AsyncClient) -> Figures:
     return await Figures.of(client)
+
+
+async def until(client: httpx.AsyncClient, reached: Callable[[Figures], bool], seconds: float) -> Figures:
+    """The first scrape that `reached` accepts. Raises TimeoutError where none does in so long."""
+    async with asyncio.timeout(seconds):
+        while not reached(told := await figures(client)):  # noqa: ASYNC110 - another process tells by its metrics alone
+            await asyncio.sleep(POLL_SECONDS)
+    return told
 
 
 @contextlib.asynccontextmanager
