@@ -1,8 +1,8 @@
 """Matrix products with weights that never change, prepared once for the device that runs them.
 
 On the CPU a weight is packed at load into the layout the product reads (oneDNN), and the bits of a row of the product
-do not depend on the rows beside it: in bfloat16 for any number of rows, in float32 from two rows on, so that a single
-row is multiplied together with a copy of itself.
+do not depend on the rows beside it, in float32 and bfloat16 alike. There is one exception: a single row of more than
+`SINGLE_ROW_FEATURES` features is added up in another order than several rows, so it is multiplied beside its own copy.
 """
 
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PACK_ROWS = 16  # rows of input that the packed layout is chosen for; it serves every number of rows
+SINGLE_ROW_FEATURES = 1024  # up to here one row and several rows have the same bits
 
 
 class Product(Protocol):
@@ -47,11 +48,11 @@ class PackedProduct:
         self._bias = bias
         self._plain = ops._linear_pointwise.default
         self._added = ops._linear_pointwise.binary
-        self._pair_rows = weight.dtype == torch.float32
+        self._pair_rows = weight.shape[1] > SINGLE_ROW_FEATURES
 
     def __call__(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         if self._pair_rows and x.shape[0] == 1:
-            return self._product(x.repeat(2, 1), None if addend is None else addend.repeat(2, 1))[:1]
+            return self._product(torch.cat((x, x)), None if addend is None else torch.cat((addend, addend)))[:1]
         return self._product(x, addend)
 
     def _product(self, x: Tensor, addend: Tensor | None) -> Tensor:

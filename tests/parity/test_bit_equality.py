@@ -1,0 +1,133 @@
+"""What a request gets is the same to the last bit, whatever is computed beside it and however its prompt was cut.
+
+In the default dtype: bfloat16 where the CPU multiplies it natively. Tokens and log-probabilities are compared exactly.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from engine.config import EngineConfig, LoraPath
+from engine.types import SamplingParams
+from tests.parity.demo import cut_demo, demo_adapters, demo_folder, random_adapters, text_prompts
+from tests.parity.judge import Ask
+from tests.parity.runs import Run, run, shuffled
+
+GREEDY = SamplingParams(max_tokens=8, seed=1, temperature=0.0, ignore_eos=True, logprobs=2)
+SEEDED = msgspec.structs.replace(GREEDY, temperature=0.9, top_p=0.95, top_k=200)
+OTHER = msgspec.structs.replace(GREEDY, max_tokens=19, temperature=1.3, presence_penalty=0.5)
+
+
+@dataclass(frozen=True)
+class Model:
+    folder: Path
+    adapters: dict[str, Path]
+    asks: tuple[Ask, ...]  # those that are compared
+    others: tuple[Ask, ...]  # sent beside them, of other lengths
+    alone: Run  # of `asks`, one after the other, without a prefix cache
+
+    def config(self, **settings: Any) -> EngineConfig:
+        return config(self.folder, self.adapters, **settings)
+
+    def differing(self, asks: Sequence[Ask], done: Run) -> list[str]:
+        """Which of the requests got something else than alone."""
+        own = {id(ask): answer for ask, answer in zip(self.asks, self.alone.answers, strict=True)}
+        told = []
+        for ask, answer in zip(done.asks, done.answers, strict=True):
+            expected = own.get(id(ask))
+            if expected is not None and (expected.tokens, expected.logprobs, expected.prompt_logprobs) != (
+                answer.tokens, answer.logprobs, answer.prompt_logprobs,
+            ):  # fmt: skip
+                told.append(f"{ask.adapter or 'base'}, prompt of {len(ask.prompt)}, {ask.params.temperature}")
+        return told
+
+
+def config(folder: Path, adapters: dict[str, Path], **settings: Any) -> EngineConfig:
+    defaults: dict[str, Any] = {
+        "model_path": str(folder),
+        "device": "cpu",
+        "context_length": 256,
+        "max_total_tokens": 16384,
+        "max_running_requests": 100,
+        "disable_radix_cache": True,
+        "lora_paths": tuple(LoraPath(name=name, path=str(path)) for name, path in adapters.items()),
+        "max_host_lora_bytes": 256 << 20,
+    }
+    return EngineConfig(**(defaults | settings))
+
+
+def make_model(folder: Path, adapters: dict[str, Path], count: int, tokens: int) -> Model:
+    owners = [None, *adapters]
+    asks = tuple(
+        Ask(prompt, owners[i % len(owners)], _params(i, tokens))
+        for i, prompt in enumerate(text_prompts(folder, count, 1, 90))
+    )
+    others = tuple(
+        Ask(prompt, owners[i % len(owners)], OTHER)
+        for i, prompt in enumerate(text_prompts(folder, count // 3, 20, 150, seed=1))
+    )
+    return Model(folder, adapters, asks, others, asyncio.run(run(config(folder, adapters), asks, alone=True)))
+
+
+def _params(index: int, tokens: int) -> SamplingParams:
+    """Greedy and seeded in turn; every seventh wants the prompt's log-probabilities too."""
+    chosen = SEEDED if index % 2 else GREEDY
+    return msgspec.structs.replace(
+        chosen, max_tokens=tokens, seed=index, prompt_logprobs=0 if index % 7 == 0 else None
+    )
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp("cut")
+    model = cut_demo(folder / "model", 2)
+    return make_model(model, random_adapters(folder, model), 64, 8)
+
+
+@pytest.fixture(scope="module")
+def whole() -> Model:
+    return make_model(demo_folder(), demo_adapters(), 64, 32)
+
+
+pytestmark = pytest.mark.demo
+
+
+@pytest.fixture(params=["small", pytest.param("whole", marks=pytest.mark.slow)])
+def model(request: pytest.FixtureRequest) -> Model:
+    found = request.getfixturevalue(request.param)
+    assert isinstance(found, Model)
+    return found
+
+
+async def test_all_at_once(model: Model) -> None:
+    done = await run(model.config(), model.asks)
+    assert model.differing(model.asks, done) == []
+    assert done["mixed_adapter_steps"] > 0
+
+
+async def test_shuffled_beside_others_with_prefix_cache(model: Model) -> None:
+    """Others of other lengths run beside them; in the second round most prompts are found in the cache."""
+    mixed = shuffled([*model.asks, *model.others])
+    done = await run(model.config(disable_radix_cache=False), mixed, shuffled(mixed, seed=1))
+    assert model.differing(model.asks, done) == []
+    assert done["prefix_hit_tokens"] > 16 * len(model.asks)
+
+
+async def test_short_steps_without_stack_or_overlap(model: Model) -> None:
+    """Prompts are cut into small parts, adapters computed one by one, nothing is planned ahead."""
+    settings = {"chunked_prefill_size": 48, "lora_stack": False, "disable_overlap_schedule": True}
+    done = await run(model.config(**settings), shuffled([*model.others, *model.asks], seed=2))
+    assert model.differing(model.asks, done) == []
+    assert done["prompt_chunks"] > 20
+
+
+async def test_preempted(model: Model) -> None:
+    """Sequences that gave way compute their own output again, as part of a prompt."""
+    done = await run(model.config(max_total_tokens=1600), shuffled([*model.others, *model.asks], seed=3))
+    assert model.differing(model.asks, done) == []
+    assert done["preemptions"] > 0
