@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks import device_timing as timing
 from benchmarks.kernels_lora import lora, lora_prefill
 from benchmarks.report import Report
-from kernels import attention_decode, attention_prefill, launch, reference
+from kernels import attention_decode, attention_meta, attention_prefill, launch, reference
 from kernels.attention_meta import AttentionBounds, decode_bounds
 from kernels.launch import AttentionTiles
 from kernels.layout import KvLayout
@@ -44,14 +44,22 @@ DECODES = (
     (128, 1024),
     (128, 8192),
 )
-TUNED_DECODES = ((1, 8192), (32, 512), (32, 2048), (128, 1024))
+TUNED_DECODES = ((1, 8192), (32, 512), (128, 1024))
 PREFILLS = (
     ("1 x 8192", [8192], [8192]),
     ("8 x 1024", [1024] * 8, [1024] * 8),
     ("2048 after 6144", [8192], [2048]),
 )
-DECODE_TILES = ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3), (32, 4, 4), (64, 2, 3), (32, 2, 4), (128, 4, 4))
-PREFILL_TILES = ((128, 64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 4))
+DECODE_TILES = ((64, 2, 3), (64, 2, 4), (32, 4, 4), (32, 2, 5), (128, 4, 3))  # keys, warps, stages
+DECODE_SPLITS = {
+    (1, 512): (2, 8),
+    (1, 8192): (16, 64),
+    (8, 512): (2, 8),
+    (8, 8192): (2, 10),
+    (32, 512): (1, 4),
+    (64, 512): (2,),
+}
+PREFILL_TILES = ((128, 32, 4, 4), (128, 64, 4, 2), (128, 64, 4, 4), (64, 64, 4, 3), (64, 128, 4, 3))
 
 
 def floors(report: Report, tune: bool) -> None:
@@ -66,6 +74,9 @@ def decode(report: Report, tune: bool) -> None:
         for tiles in DECODE_TILES if tune and (batch, context) in TUNED_DECODES else ():
             with timing.replaced(timing.always(AttentionTiles(16, *tiles)), (attention_decode, "decode_tiles")):
                 _decode(report, layout, batch, context, rate, str(tiles))
+        for splits in DECODE_SPLITS.get((batch, context), ()) if tune else ():
+            with timing.replaced(timing.always(splits), (attention_meta, "decode_splits")):
+                _decode(report, layout, batch, context, rate, f"splits {splits}")
         _decode(report, layout, batch, context, rate, "")
 
 

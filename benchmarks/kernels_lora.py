@@ -1,6 +1,7 @@
 """LoRA at Llama-3.1-8B's shape: what shrink and expand add to the products of a step, beside them and behind them."""
 
 import statistics
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,19 +37,14 @@ GROUPS = (
     LoraGroup(6, INNER, (HIDDEN,)),
 )
 CASES = ((1, 1, 16), (8, 8, 16), (32, 1, 16), (32, 8, 16), (64, 32, 16), (32, 8, 64), (128, 8, 16))
-TUNED = ((8, 8, 16), (32, 8, 16), (64, 32, 16), (32, 8, 64))
-SHRINKS = (
-    (256, 4, 4, 3),
-    (256, 8, 4, 3),
-    (128, 4, 4, 4),
-    (128, 8, 4, 3),
-    (256, 4, 8, 3),
-    (512, 4, 8, 2),
-    (256, 2, 4, 4),
-)
-PREFILL_SHRINKS = ((64, 4, 4), (128, 4, 3), (64, 8, 3), (32, 4, 4))
-PREFILL_EXPANDS = ((256, 8, 1), (128, 8, 1), (64, 4, 1))
-EXPANDS = ((256, 4, 1), (128, 4, 1), (256, 8, 1), (128, 2, 1), (512, 8, 1), (256, 4, 2), (64, 2, 1))
+SPLITS = (1, 2, 4, 8)
+SHRINKS = ((128, 4, 4), (512, 8, 2), (256, 8, 3), (256, 2, 3))  # inner, warps, stages
+SPLIT_EXPANDS = ((256, 4, 2), (128, 4, 2), (128, 2, 2))  # columns, warps, stages; with every split
+EXPANDS = ((512, 8, 2), (256, 4, 3), (256, 8, 2))
+# tokens, tiles, and the same for steps of many tokens
+PREFILLS = ((8192, (128,)), (2048, (64, 128)), (512, (16, 32, 64, 128)))
+PREFILL_SHRINKS = ((128, 4, 3), (64, 8, 3))
+PREFILL_EXPANDS = ((256, 8, 2), (128, 8, 1), (128, 4, 2))
 
 
 @dataclass(frozen=True)
@@ -194,7 +190,7 @@ def make_case(
     adapters = make_adapters(ranks, SHAPES, bounds.rank_blocks, DTYPE, DEVICE, 0.02)
     step = make_lora_step(bounds, adapters, [(slot, bounds.tokens // count) for slot in range(count)])
     side = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
-    return Case(report, name, make_model(weights, bounds.tokens), adapters, step, side, 20 if bounds.tile == 16 else 8)
+    return Case(report, name, make_model(weights, bounds.tokens), adapters, step, side, 15 if bounds.tile == 16 else 8)
 
 
 def lora(report: Report, tune: bool) -> None:
@@ -207,31 +203,46 @@ def lora(report: Report, tune: bool) -> None:
         case = make_case(report, name, weights, bounds, count, rank).measured(floor)
         case.added("beside")
         case.added("behind")
-        if tune and (batch, count, rank) in TUNED:
-            most = lora_meta.split_bound(bounds)
-            shrinks = [ShrinkTiles(i, min(s, most), False, w, n) for i, s, w, n in SHRINKS]
-            try_tiles(case, "beside", shrinks, [ExpandTiles(*tiles) for tiles in EXPANDS])
+        if tune:
+            decode_tiles(case, lora_meta.split_bound(bounds))
+
+
+def decode_tiles(case: Case, most: int) -> None:
+    """Every number of splits with a few expands, then other tiles with the kernels' own splits."""
+    for splits in (s for s in SPLITS if s <= most):
+        shrink = ShrinkTiles(256, splits, False, 4, 3)
+        for expand in SPLIT_EXPANDS:
+            try_tiles(case, "beside", [shrink], ExpandTiles(*expand))
+    try_tiles(case, "beside", [ShrinkTiles(i, min(4, most), False, w, n) for i, w, n in SHRINKS])
+    for expand in EXPANDS:
+        try_tiles(case, "beside", [], ExpandTiles(*expand))
 
 
 def lora_prefill(report: Report, tune: bool) -> None:
-    """8,192 tokens of 8 adapters over four layers: the base's products, and what LoRA adds behind and beside them."""
+    """Steps of many tokens of 8 adapters over four layers: the base's products, and what LoRA adds."""
     weights = make_weights(4)
-    for tile in (64, 128) if tune else (launch.PREFILL_TILE,):
-        name, bounds = f"LoRA prefill 8192 tokens, 4 layers, tile {tile}", LoraBounds(8192, tile, 8, 1)
-        case = make_case(report, name, weights, bounds, 8, 16).measured(0.0)
-        case.added("beside")
-        case.added("behind")
-        if tune:
-            expands = [ExpandTiles(*tiles) for tiles in PREFILL_EXPANDS]
-            try_tiles(case, "behind", [ShrinkTiles(i, 1, True, w, n) for i, w, n in PREFILL_SHRINKS], expands)
+    for tokens, tiles in PREFILLS:
+        for tile in tiles if tune else (launch.PREFILL_TILE,):
+            name, bounds = f"LoRA {tokens} tokens, 4 layers, tile {tile}", LoraBounds(tokens, tile, 8, 1)
+            case = make_case(report, name, weights, bounds, 8, 16).measured(0.0)
+            case.added("beside")
+            case.added("behind")
+            if tune and tokens == 8192:
+                try_tiles(case, "beside", [ShrinkTiles(i, 1, True, w, n) for i, w, n in PREFILL_SHRINKS])
+                for expand in PREFILL_EXPANDS:
+                    try_tiles(case, "beside", [], ExpandTiles(*expand))
 
 
-def try_tiles(case: Case, mode: str, shrinks: list[ShrinkTiles], expands: list[ExpandTiles]) -> None:
-    """One choice varied at a time from the kernels' own."""
-    for shrink in shrinks:
-        places = ((lora_shrink, "shrink_tiles"), (lora_expand, "shrink_tiles"))
-        with timing.replaced(timing.always(shrink), *places):
-            case.added(mode, f"shrink {shrink.inner} {shrink.splits} {shrink.warps} {shrink.stages}")
-    for expand in expands:
-        with timing.replaced(timing.always(expand), (lora_expand, "expand_tiles")):
-            case.added(mode, f"expand {expand.columns} {expand.warps} {expand.stages}")
+def try_tiles(case: Case, mode: str, shrinks: list[ShrinkTiles], expand: ExpandTiles | None = None) -> None:
+    """The case with each of these in place of the kernels' own choice."""
+    with ExitStack() as stack:
+        if expand:
+            stack.enter_context(timing.replaced(timing.always(expand), (lora_expand, "expand_tiles")))
+        note = f"expand {expand.columns} {expand.warps} {expand.stages}" if expand else ""
+        if not shrinks:
+            case.added(mode, note)
+        for shrink in shrinks:
+            with timing.replaced(timing.always(shrink), (lora_shrink, "shrink_tiles"), (lora_expand, "shrink_tiles")):
+                case.added(
+                    mode, f"shrink {shrink.inner} {shrink.splits} {shrink.warps} {shrink.stages} {note}".rstrip()
+                )

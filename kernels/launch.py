@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.lora_meta import LoraBounds, LoraGroup, split_bound
 
-PREFILL_TILE = 64  # rows of a LoRA work item in steps of many tokens; decodes take 16
+PREFILL_TILE = 128  # rows of a LoRA work item in steps of many tokens; decodes take 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,14 +51,14 @@ class ShrinkTiles:
     stages: int
 
 
-SPLIT_INNER = 512  # inner features of one split
+SPLITS = 4  # parts of the inner dimension at decode: more keep the device busier, and expand reads more
 
 
 def shrink_tiles(bounds: LoraBounds, group: LoraGroup, itemsize: int) -> ShrinkTiles:
     """Small tiles split the inner dimension to have enough programs; large ones read x once for all modules."""
     narrow = 2 if itemsize == 4 else 1
     if bounds.tile == 16:
-        splits = min(split_bound(bounds), cdiv(group.inner, SPLIT_INNER))
+        splits = min(split_bound(bounds), SPLITS, cdiv(group.inner, 256))
         return ShrinkTiles(256 // narrow, splits, False, 4, 3)
     return ShrinkTiles(64 // narrow, 1, len(group.features) > 1, 4, 3)
 
@@ -72,7 +72,7 @@ class ExpandTiles:
 
 def expand_tiles(bounds: LoraBounds, itemsize: int) -> ExpandTiles:
     narrow = 2 if itemsize == 4 else 1
-    return ExpandTiles((256 if bounds.tile == 16 else 128) // narrow, 4 if bounds.tile <= 64 else 8, 1)
+    return ExpandTiles((256 if bounds.tile == 16 else 128) // narrow, 4 if bounds.tile <= 64 else 8, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def prefill_tiles(head_dim: int, itemsize: int) -> AttentionTiles:
     if itemsize == 4:
         return AttentionTiles(32, 32 if head_dim <= 128 else 16, 8, 1)
     if head_dim <= 128:
-        return AttentionTiles(128, 64, 8, 3)
+        return AttentionTiles(128, 64, 4, 3)
     return AttentionTiles(64, 64, 8, 2)
 
 
@@ -98,7 +98,7 @@ def decode_tiles(group: int, head_dim: int, itemsize: int) -> AttentionTiles:
     rows = max(16, power_of_two(group))
     if itemsize == 4:
         return AttentionTiles(rows, 32, 4, 2)
-    return AttentionTiles(rows, 64, 4, 3 if head_dim <= 128 else 2)
+    return AttentionTiles(rows, 64, 2, 3) if head_dim <= 128 else AttentionTiles(rows, 64, 4, 2)
 
 
 def q_tile(heads: int, kv_heads: int, head_dim: int, itemsize: int) -> int:

@@ -12,6 +12,43 @@ from kernels.lora_meta import ITEM_INTS, LORA_ITEMS, LORA_MODULES, LoraGroup, Lo
 PROGRAMS_EACH = 8  # programs a multiprocessor; units of work beyond that are taken in turns
 
 
+@triton.jit
+def _unit(
+    index,
+    mask,
+    items,
+    desc,
+    first,
+    desc_stride,
+    blocks,
+    out0,
+    out1,
+    tiles0,
+    tiles1,
+    tiles,
+    ITEM_INTS: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """What a unit's program needs: module, first column in it and in y, descriptor, rank, first piece, row, rows."""
+    item = index // tiles
+    tile = index % tiles
+    module = (tile >= tiles0).to(tl.int32) + (tile >= tiles1).to(tl.int32)
+    column = (tile - tl.where(module == 0, 0, tl.where(module == 1, tiles0, tiles1))) * BN
+    base = tl.where(module == 0, 0, tl.where(module == 1, out0, out0 + out1)) + column
+    entry = desc + tl.cast(item, tl.int64) * desc_stride + (first + module) * (1 + blocks)
+    head = items + item * ITEM_INTS
+    return (
+        module,
+        column,
+        base,
+        entry,
+        tl.load(entry, mask=mask, other=0),
+        tl.load(entry + 1, mask=mask, other=0),
+        tl.load(head, mask=mask, other=0).to(tl.int64),
+        tl.load(head + 1, mask=mask, other=0),
+    )
+
+
 @triton.jit(do_not_specialize=["first"])
 def _expand(
     y,
@@ -38,45 +75,48 @@ def _expand(
     SPLITS: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """One unit: BM rows of one item, BN output columns of one module, every rank."""
+    """One unit: BM rows of one item, BN output columns of one module, every rank.
+
+    A unit is read before the list's length is known (the list is never shorter than the grid).
+    """
     i = tl.arange(0, BM)
     o = tl.arange(0, BN)
     r = tl.arange(0, 16)
     tiles0 = tl.cdiv(out0, BN)
     tiles1 = tiles0 + tl.cdiv(out1, BN)
     tiles = tiles1 + tl.cdiv(out2, BN)
+    start = tl.program_id(0)
+    module, column, base, entry, rank, offset, row, rows = _unit(
+        start, start >= 0, items, desc, first, desc_stride, blocks, out0, out1, tiles0, tiles1, tiles, ITEM_INTS, BN
+    )
     total = tl.load(counts + ITEMS) * tiles
-    for index in range(tl.program_id(0), total, tl.num_programs(0)):
-        item = index // tiles
-        tile = index % tiles
-        module = (tile >= tiles0).to(tl.int32) + (tile >= tiles1).to(tl.int32)
-        column = (tile - tl.where(module == 0, 0, tl.where(module == 1, tiles0, tiles1))) * BN + o
-        size = tl.where(module == 0, out0, tl.where(module == 1, out1, out2))
-        base = tl.where(module == 0, 0, tl.where(module == 1, out0, out0 + out1))
-        entry = desc + tl.cast(item, tl.int64) * desc_stride + (first + module) * (1 + blocks)
-        rank = tl.load(entry)
-        offset = tl.load(entry + 1)
-        rows = tl.load(items + item * ITEM_INTS + 1)
-        row = tl.load(items + item * ITEM_INTS).to(tl.int64) + i
-        zz = z + row[:, None] * (modules * max_rank) + module * max_rank + r[None, :]
+    for index in range(start, total, tl.num_programs(0)):
+        size = tl.where(module == 0, out0, tl.where(module == 1, out1, out2)) - column
+        row_mask = (i < rows)[:, None]
+        zz = z + (row + i)[:, None] * (modules * max_rank) + module * max_rank + r[None, :]
         acc = tl.zeros([BM, BN], tl.float32)
         for block in range(tl.cdiv(rank, 16)):
             width = tl.multiple_of(tl.minimum(rank - block * 16, 16), 8)
-            b = arena + offset.to(tl.int64) * UNIT + column[:, None] * width + r[None, :]
-            bb = tl.load(b, mask=(column < size)[:, None] & (r < width)[None, :], other=0.0)
+            b = arena + offset.to(tl.int64) * UNIT + (column + o)[:, None] * width + r[None, :]
+            bb = tl.load(b, mask=(o < size)[:, None] & (r < width)[None, :], other=0.0)
             offset = tl.load(entry + 2 + block, mask=block + 1 < blocks, other=0)
             part = tl.zeros([BM, 16], tl.float32)
             for split in tl.static_range(SPLITS):
-                part += tl.load(zz + block * 16 + split * z_split, mask=(i < rows)[:, None], other=0.0)
+                part += tl.load(zz + block * 16 + split * z_split, mask=row_mask, other=0.0)
             acc = tl.dot(part.to(bb.dtype), tl.trans(bb), acc, input_precision="ieee")
-        out = y + row[:, None] * y_stride + (base + column)[None, :]
-        mask = (i < rows)[:, None] & (column < size)[None, :]
+        out = y + (row + i)[:, None] * y_stride + (base + o)[None, :]
+        mask = row_mask & (o < size)[None, :]
         if ADD:
             if rank > 0:
                 acc += tl.load(out, mask=mask, other=0.0).to(tl.float32)
                 tl.store(out, acc.to(y.dtype.element_ty), mask=mask)
         else:
             tl.store(out, acc.to(y.dtype.element_ty), mask=mask)
+        after = index + tl.num_programs(0)
+        module, column, base, entry, rank, offset, row, rows = _unit(
+            after, after < total, items, desc, first, desc_stride, blocks, out0, out1, tiles0, tiles1, tiles,
+            ITEM_INTS, BN,
+        )  # fmt: skip
 
 
 def lora_expand(y: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: LoraGroup, *, add: bool) -> None:

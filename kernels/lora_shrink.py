@@ -12,6 +12,36 @@ from kernels.lora_meta import LORA_MODULES, LORA_WORK, WORK_INTS, LoraGroup, Lor
 PROGRAMS_EACH = 8  # programs a multiprocessor; units of work beyond that are taken in turns
 
 
+@triton.jit
+def _unit(
+    index,
+    mask,
+    work,
+    desc,
+    first,
+    desc_stride,
+    modules: tl.constexpr,
+    WORK_INTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """What a unit's program needs: its modules (by column), their pieces and ranks, first row, rows, rank block."""
+    unit = index // (GROUPS * SPLITS)
+    module = (index // SPLITS) % GROUPS * WIDTH + tl.arange(0, 16 * WIDTH) // 16
+    entry = desc + tl.cast(unit, tl.int64) * desc_stride + (first + module) * 2
+    real = module < tl.where(mask, modules, 0)
+    head = work + unit * WORK_INTS
+    return (
+        module,
+        tl.load(entry, mask=real, other=0).to(tl.int64),
+        tl.load(entry + 1, mask=real, other=0),
+        tl.load(head, mask=mask, other=0).to(tl.int64),
+        tl.load(head + 1, mask=mask, other=0),
+        tl.load(head + 3, mask=mask, other=0),
+    )
+
+
 @triton.jit(do_not_specialize=["first"])
 def _shrink(
     x,
@@ -36,37 +66,38 @@ def _shrink(
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """One unit: BM rows of one item, one rank block of WIDTH modules, one part of the inner dimension."""
+    """One unit: BM rows of one item, one rank block of WIDTH modules, one part of the inner dimension.
+
+    A unit is read before the list's length is known (the list is never shorter than the grid).
+    """
     i = tl.arange(0, BM)
-    n = tl.arange(0, 16 * WIDTH)
+    r = tl.arange(0, 16 * WIDTH) % 16
     k = tl.arange(0, BK)
+    start = tl.program_id(0)
+    module, offset, ranks, row, rows, block = _unit(
+        start, start >= 0, work, desc, first, desc_stride, modules, WORK_INTS, GROUPS, WIDTH, SPLITS
+    )
     total = tl.load(counts + WORK) * (GROUPS * SPLITS)
-    for index in range(tl.program_id(0), total, tl.num_programs(0)):
-        unit = index // (GROUPS * SPLITS)
+    for index in range(start, total, tl.num_programs(0)):
         split = index % SPLITS
-        module = (index // SPLITS) % GROUPS * WIDTH + n // 16
-        entry = desc + tl.cast(unit, tl.int64) * desc_stride + (first + module) * 2
-        offset = tl.load(entry, mask=module < modules, other=0).to(tl.int64)
-        ranks = tl.load(entry + 1, mask=module < modules, other=0)
         if tl.max(ranks, 0) > 0:
-            head = work + unit * WORK_INTS
-            rows = tl.load(head + 1)
-            row = tl.load(head).to(tl.int64) + i
-            column = module * max_rank + tl.load(head + 3) * 16 + n % 16
-            a = arena + offset * UNIT + (n % 16) * inner
-            real = n % 16 < ranks
+            x_rows = x + (row + i)[:, None] * x_stride
+            a_rows = arena + (offset * UNIT + r * inner)[:, None]
+            row_mask = (i < rows)[:, None]
+            rank_mask = (r < ranks)[:, None]
             acc = tl.zeros([BM, 16 * WIDTH], tl.float32)
             for at in range(split * BK, inner, BK * SPLITS):
-                kk = at + k
-                xx = tl.load(
-                    x + row[:, None] * x_stride + kk[None, :],
-                    mask=(i < rows)[:, None] & (kk < inner)[None, :],
-                    other=0.0,
-                )
-                aa = tl.load(a[:, None] + kk[None, :], mask=real[:, None] & (kk < inner)[None, :], other=0.0)
+                column = (at + k)[None, :]
+                xx = tl.load(x_rows + column, mask=row_mask & (column < inner), other=0.0)
+                aa = tl.load(a_rows + column, mask=rank_mask & (column < inner), other=0.0)
                 acc = tl.dot(xx, tl.trans(aa), acc, input_precision="ieee")
-            out = z + tl.cast(split, tl.int64) * z_split + row[:, None] * (modules * max_rank) + column[None, :]
-            tl.store(out, acc, mask=(i < rows)[:, None] & (ranks > 0)[None, :])
+            out = z + tl.cast(split, tl.int64) * z_split + (row + i)[:, None] * (modules * max_rank)
+            out += (module * max_rank + block * 16 + r)[None, :]
+            tl.store(out, acc, mask=row_mask & (ranks > 0)[None, :])
+        after = index + tl.num_programs(0)
+        module, offset, ranks, row, rows, block = _unit(
+            after, after < total, work, desc, first, desc_stride, modules, WORK_INTS, GROUPS, WIDTH, SPLITS
+        )
 
 
 def lora_shrink(x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: LoraGroup) -> None:
