@@ -1,4 +1,4 @@
-"""The engine's process: `python -m engine.process --socket PATH --config JSON`, started by the gateway's supervisor.
+"""The engine's process: `python -m engine.process --socket PATH --parent PID --config JSON`, started by the gateway.
 
 It listens at once, builds the engine while the gateway waits, sends `Ready` or `StartFailed`, and exits when the
 gateway's end of the socket closes: no engine outlives its gateway.
@@ -30,11 +30,14 @@ log = logging.getLogger("loramux.engine")
 def main() -> None:
     parser = argparse.ArgumentParser(fromfile_prefix_chars="@")  # @FILE: the arguments of many adapters are too long
     parser.add_argument("--socket", type=Path, required=True)
+    parser.add_argument(
+        "--parent", type=int, required=True, help="the gateway's process, which this one does not outlive"
+    )
     parser.add_argument("--config", required=True, help="an EngineConfig as JSON")
     args = parser.parse_args()
     config = msgspec.json.decode(args.config, type=EngineConfig)
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    _die_with_parent()
+    _die_with(args.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the gateway decides
     sys.exit(uvloop.run(serve(config, args.socket)))
 
@@ -91,10 +94,12 @@ def _reason(error: Exception) -> str:
     return str(error) if known else f"{type(error).__name__}: {error}"
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     """The kernel ends this process with its parent, also while weights load and nobody reads the socket."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed before the kernel knew
+        sys.exit("the gateway is gone")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ class EngineProcess:
         path = str(folder / "engine.sock")
         process = None
         try:
-            process = await _spawn([*command, "--socket", path, f"@{_config_file(folder, config)}"])
+            process = await _spawn(
+                [*command, "--socket", path, "--parent", str(os.getpid()), f"@{_config_file(folder, config)}"]
+            )
             return cls(process, folder, await _connect(path, process))
         except BaseException:
             await _end(process, folder)

@@ -119,7 +119,7 @@ async def live(life: str, config: EngineConfig, path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(fromfile_prefix_chars="@")
-    for name in ("--lives", "--log", "--socket", "--config"):
+    for name in ("--lives", "--log", "--socket", "--parent", "--config"):
         parser.add_argument(name, required=True)
     args = parser.parse_args()
     log = Path(args.log)
