@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from engine.layers.linear import make_product
+from engine.layers.linear import REDUCTION_BLOCK, make_product
 from engine.layers.lora import SITE_MODULES, AdapterSet, SitePair
 from engine.models.dims import LORA_MODULES, ModelDims
 
 # (layer, module) -> blocks of (A [ranks, in], B [out, ranks]), in the order of their ranks; views into the arena
 PieceViews = Mapping[tuple[int, int], Sequence[tuple[Tensor, Tensor]]]
+
+NOBODY = -2  # owner of columns that only fill up a block; no token's
 
 
 def merge(dims: ModelDims, adapters: Mapping[int, PieceViews]) -> AdapterSet:
@@ -44,14 +46,31 @@ def _merge_site(
     widths = [0] * len(adapters)
     for owner, _, a, _ in blocks:
         widths[owner] += a.shape[0]
-    a_all = torch.cat([a for _, _, a, _ in blocks])
-    b_all = a_all.new_zeros(sum(_out(dims, module) for module in modules), sum(widths))
-    column = 0
-    for _, offset, a, b in blocks:
-        b_all[offset : offset + b.shape[0], column : column + a.shape[0]] = b
-        column += a.shape[0]
-    owner_of = torch.repeat_interleave(torch.arange(len(widths), device=a_all.device), a_all.new_tensor(widths).long())
+    columns, total = _columns(widths)
+    like = blocks[0][2]
+    a_all = like.new_zeros(total, like.shape[1])
+    b_all = like.new_zeros(sum(_out(dims, module) for module in modules), total)
+    owner_of = torch.full((total,), NOBODY, dtype=torch.int64, device=like.device)
+    for owner, offset, a, b in blocks:
+        ranks = slice(columns[owner], columns[owner] + a.shape[0])
+        a_all[ranks], b_all[offset : offset + b.shape[0], ranks], owner_of[ranks] = a, b, owner
+        columns[owner] = ranks.stop
     return SitePair(make_product(a_all), make_product(b_all), owner_of, tuple(widths)), a_all.nbytes + b_all.nbytes
+
+
+def _columns(widths: Sequence[int]) -> tuple[list[int], int]:
+    """(where each adapter's ranks start, columns in all).
+
+    An adapter that would cross the end of a reduction block starts at the next one, so that its ranks are added up as
+    they are when it is alone.
+    """
+    starts, end = list[int](), 0
+    for width in widths:
+        if end % REDUCTION_BLOCK + width > REDUCTION_BLOCK:
+            end = -(-end // REDUCTION_BLOCK) * REDUCTION_BLOCK
+        starts.append(end)
+        end += width
+    return starts, end
 
 
 def _out(dims: ModelDims, module: int) -> int:

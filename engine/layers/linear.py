@@ -2,7 +2,7 @@
 
 On the CPU a weight is packed at load into the layout the product reads (oneDNN), and the bits of a row of the product
 do not depend on the rows beside it, in float32 and bfloat16 alike. There is one exception: a single row of more than
-`SINGLE_ROW_FEATURES` features is added up in another order than several rows, so it is multiplied beside its own copy.
+`REDUCTION_BLOCK` features is added up in another order than several rows, so it is multiplied beside its own copy.
 """
 
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PACK_ROWS = 16  # rows of input that the packed layout is chosen for; it serves every number of rows
-SINGLE_ROW_FEATURES = 1024  # up to here one row and several rows have the same bits
+REDUCTION_BLOCK = 1024  # input features that are added up at one go; the sums of such blocks are added afterwards
 
 
 class Product(Protocol):
@@ -48,7 +48,7 @@ class PackedProduct:
         self._bias = bias
         self._plain = ops._linear_pointwise.default
         self._added = ops._linear_pointwise.binary
-        self._pair_rows = weight.shape[1] > SINGLE_ROW_FEATURES
+        self._pair_rows = weight.shape[1] > REDUCTION_BLOCK
 
     def __call__(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         if self._pair_rows and x.shape[0] == 1:
