@@ -11,16 +11,20 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from engine.config import EngineConfig, LoraPath
+from engine.geometry import make_geometry
+from engine.layers.linear import cpu_has_bfloat16
 from engine.types import SamplingParams
 from tests.parity.demo import cut_demo, demo_adapters, demo_folder, random_adapters, text_prompts
 from tests.parity.judge import Ask
 from tests.parity.runs import Run, run, shuffled
+from tests.support.models import read_dims
 
 GREEDY = SamplingParams(max_tokens=8, seed=1, temperature=0.0, ignore_eos=True, logprobs=2)
 SEEDED = msgspec.structs.replace(GREEDY, temperature=0.9, top_p=0.95, top_k=200)
-OTHER = msgspec.structs.replace(GREEDY, max_tokens=19, temperature=1.3, presence_penalty=0.5)
+OTHER = msgspec.structs.replace(GREEDY, max_tokens=40, temperature=1.3, presence_penalty=0.5)
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,13 @@ class Model:
 
     def config(self, **settings: Any) -> EngineConfig:
         return config(self.folder, self.adapters, **settings)
+
+    @property
+    def few_tokens(self) -> int:
+        """An arena in which not nearly all of the requests can run at once."""
+        dims = read_dims(self.folder)
+        geometry = make_geometry(dims, torch.bfloat16.itemsize if cpu_has_bfloat16() else torch.float32.itemsize)
+        return 1024 + geometry.block_tokens * geometry.adapter_chunks(dims, 64)
 
     def differing(self, asks: Sequence[Ask], done: Run) -> list[str]:
         """Which of the requests got something else than alone."""
@@ -69,7 +80,7 @@ def make_model(folder: Path, adapters: dict[str, Path], count: int, tokens: int)
     )
     others = tuple(
         Ask(prompt, owners[i % len(owners)], OTHER)
-        for i, prompt in enumerate(text_prompts(folder, count // 3, 20, 150, seed=1))
+        for i, prompt in enumerate(text_prompts(folder, count // 2, 20, 150, seed=1))
     )
     return Model(folder, adapters, asks, others, asyncio.run(run(config(folder, adapters), asks, alone=True)))
 
@@ -77,16 +88,14 @@ def make_model(folder: Path, adapters: dict[str, Path], count: int, tokens: int)
 def _params(index: int, tokens: int) -> SamplingParams:
     """Greedy and seeded in turn; every seventh wants the prompt's log-probabilities too."""
     chosen = SEEDED if index % 2 else GREEDY
-    return msgspec.structs.replace(
-        chosen, max_tokens=tokens, seed=index, prompt_logprobs=0 if index % 7 == 0 else None
-    )
+    return msgspec.structs.replace(chosen, max_tokens=tokens, seed=index, prompt_logprobs=0 if index % 7 == 0 else None)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("cut")
     model = cut_demo(folder / "model", 2)
-    return make_model(model, random_adapters(folder, model), 64, 8)
+    return make_model(model, random_adapters(folder, model), 32, 6)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +137,6 @@ async def test_short_steps_without_stack_or_overlap(model: Model) -> None:
 
 async def test_preempted(model: Model) -> None:
     """Sequences that gave way compute their own output again, as part of a prompt."""
-    done = await run(model.config(max_total_tokens=1600), shuffled([*model.others, *model.asks], seed=3))
+    done = await run(model.config(max_total_tokens=model.few_tokens), shuffled([*model.others, *model.asks], seed=3))
     assert model.differing(model.asks, done) == []
     assert done["preemptions"] > 0
