@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from engine.adapters.loader import AdapterLoader, AdapterReader
 from engine.adapters.peft import inspect_limits
 from engine.adapters.source import resolve_source
 from engine.adapters.spec import AdapterLimits
-from engine.config import EngineConfig
+from engine.config import EngineConfig, LoraPath
 from engine.link import EngineLink
 from engine.loop import HUNG_SECONDS, EngineLoop
 from engine.messages import Ready
@@ -23,7 +24,7 @@ from engine.models.tokenizer import tokenizer_folder
 from engine.pipeline import Pipeline
 from engine.progress import show_progress
 from engine.scheduler import Scheduler, scheduler_config
-from engine.types import AdapterInfo, ModelInfo
+from engine.types import AdapterInfo, EngineError, ModelInfo
 from engine.worker.memory import DEFAULT_LORA_RANK, largest_adapter_chunks
 from engine.worker.worker import DTYPES, Worker, WorkerInfo
 
@@ -82,7 +83,7 @@ def with_limits(config: EngineConfig) -> EngineConfig:
     config = msgspec.structs.replace(config, enable_lora=config.enable_lora or bool(config.lora_paths))
     rank, modules = config.max_lora_rank, config.lora_target_modules
     if config.lora_paths and (rank is None or modules is None):
-        inferred = inspect_limits([resolve_source(path.path, path.revision) for path in config.lora_paths])
+        inferred = _inferred(config.lora_paths)
         rank = inferred[0] if rank is None else rank
         modules = inferred[1] if modules is None else modules
     return msgspec.structs.replace(
@@ -90,6 +91,19 @@ def with_limits(config: EngineConfig) -> EngineConfig:
         max_lora_rank=DEFAULT_LORA_RANK if rank is None else rank,
         lora_target_modules=LORA_MODULES if modules is None else modules,
     )
+
+
+def _inferred(paths: Iterable[LoraPath]) -> tuple[int, tuple[str, ...]]:
+    """The largest rank and the modules. Raises EngineError naming the path."""
+    ranks, modules = [], set[str]()
+    for path in paths:
+        try:
+            rank, names = inspect_limits([resolve_source(path.path, path.revision)])
+        except EngineError as error:
+            raise EngineError(error.code, f"--lora-paths {path.name}={path.path}: {error.message}") from error
+        ranks.append(rank)
+        modules.update(names)
+    return max(ranks), tuple(module for module in LORA_MODULES if module in modules)
 
 
 def _assemble(config: EngineConfig, worker: Worker, link: EngineLink) -> Engine:

@@ -19,7 +19,6 @@ from engine.adapters.spec import AdapterLimits, AdapterSpec, ModuleSpec, invalid
 from engine.adapters.targets import Names, ends_with
 from engine.adapters.tensorfile import Entry, Header, all_finite, read_body, read_header, tensor_of
 from engine.models.dims import LORA_MODULES, ModelDims
-from engine.types import EngineError
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +56,11 @@ def read_adapter(folder: Path, dims: ModelDims, limits: AdapterLimits) -> Adapte
 def inspect_limits(folders: Iterable[Path]) -> tuple[int, tuple[str, ...]]:
     """The largest rank and the modules of these adapters, from their headers alone: what --lora-paths implies.
 
-    Raises EngineError (ADAPTER_INVALID), naming the folder.
+    Raises EngineError (ADAPTER_INVALID) with the reason.
     """
     rank, modules = 1, set[int]()
     for folder in folders:
-        try:
-            pairs = _bound(folder).pairs
-        except EngineError as error:
-            raise invalid(f"{folder}: {error.message}") from None
+        pairs = _bound(folder).pairs
         rank = max(rank, *(a.shape[0] if a.shape else 0 for a, _ in pairs.values()))
         modules |= {module for _, module in pairs}
     return rank, tuple(name for index, name in enumerate(LORA_MODULES) if index in modules)

@@ -102,7 +102,7 @@ async def healthy_again(client: httpx.AsyncClient) -> None:
             await asyncio.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 async def test_a_stopped_server_ends_its_streams_and_its_engine(files: Files, tmp_path: Path, number: int) -> None:
     """What is open gets the time that --shutdown-timeout allows, then one error event."""
     flags = ("--lora-paths", f"lora0={files.rank4}", "--shutdown-timeout", "0.3")

@@ -195,7 +195,7 @@ def test_limits_are_inferred_from_headers(tmp_path: Path) -> None:
     write_adapter(tmp_path / "b", DIMS, rank=8, rank_pattern={"down_proj": 33}, modules=("down_proj", "up_proj"))
     assert inspect_limits([tmp_path / "a"]) == (4, ("q_proj", "v_proj"))
     assert inspect_limits([tmp_path / "a", tmp_path / "b"]) == (33, ("q_proj", "v_proj", "up_proj", "down_proj"))
-    with pytest.raises(EngineError, match=r"nowhere: the adapter has no adapter_config\.json"):
+    with pytest.raises(EngineError, match=r"the adapter has no adapter_config\.json"):
         inspect_limits([tmp_path / "nowhere"])
 
 
