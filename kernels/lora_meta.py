@@ -168,4 +168,5 @@ def split_bound(bounds: LoraBounds) -> int:
     """Most parts of the inner dimension that a bucket's shrinks may use: many where few rows leave the device idle."""
     if bounds.tile > 16:
         return 1
-    return max(2, min(MAX_SPLITS, 1024 // bounds.tokens))
+    splits = max(2, min(MAX_SPLITS, 1024 // bounds.tokens))
+    return 1 << (splits.bit_length() - 1)  # a power of two, so that few kernels are compiled

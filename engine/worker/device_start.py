@@ -70,7 +70,7 @@ def _setting(config: EngineConfig, folder: Path, device: torch.device) -> Settin
     dtype = dtype_of(config, model, device)
     geometry = make_geometry(model.dims, dtype.itemsize)
     context = min(config.context_length or model.max_position, model.max_position)
-    step_tokens = min(step_tokens_of(config, device, context), context)
+    step_tokens = step_tokens_of(config, device, context)
     machine = make_machine(config, model, geometry, multiprocessors(device), context, step_tokens)
     shapes = Shapes(machine, config.cuda_graph_max_bs)
     return Setting(config, model, geometry, dtype, context, step_tokens, shapes, make_accelerator(device))
@@ -94,7 +94,7 @@ def _runner(setting: Setting, folder: Path, progress: Progress) -> DeviceRunner:
 
 def _trial(setting: Setting, runner: DeviceRunner) -> None:
     """Runs the largest step over an arena of its own, so that what the libraries take is taken before the real one."""
-    chunks = setting.geometry.blocks(setting.step_tokens)
+    chunks = setting.geometry.blocks(min(setting.step_tokens, setting.context))
     arena = _arena(setting, chunks)
     bank = _bank(setting, arena)
     runner.use(arena, bank)

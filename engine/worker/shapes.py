@@ -21,7 +21,7 @@ from kernels.step_meta import step_fields
 DECODE_TILE = 16
 DEFAULT_GRAPH_MAX = 256
 GRAPH_STEPS = ((4, 1), (8, 4), (64, 8), (128, 16), (512, 32))  # (up to this many rows, in steps of)
-MIXED_GRAPHS = (32, 64, 96, 128, 192, 256, 384, 512)  # tokens; mixed steps above run without a graph
+MIXED_GRAPHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)  # tokens; mixed steps above run without a graph
 WINDOWED = "windowed_"  # prefix of the second set of attention lists
 
 
@@ -66,6 +66,7 @@ def make_machine(
 ) -> Machine:
     dims = model.dims
     rank = DEFAULT_LORA_RANK if config.max_lora_rank is None else config.max_lora_rank
+    prompts = context if config.chunked_prefill_size == -1 else -(-step_tokens // 4)  # beside as many decodes as run
     return Machine(
         kv=KvLayout(dims.layers, dims.kv_heads, geometry.block_tokens, dims.head_dim),
         heads=dims.heads,
@@ -73,7 +74,7 @@ def make_machine(
         multiprocessors=multiprocessors,
         max_context=context,
         max_running=config.max_running_requests,
-        step_tokens=max(step_tokens, config.max_running_requests),
+        step_tokens=max(step_tokens, config.max_running_requests + prompts),
         slots=config.max_loras_per_batch,
         rank_blocks=-(-rank // PIECE_RANKS),
         two_windows=any(model.sliding_layers) and not all(model.sliding_layers),
@@ -97,7 +98,13 @@ class Shapes:
         return [*reversed(mixed), *reversed(decodes)]
 
     def choose(self, tokens: int, sequences: int, *, lora: bool) -> StepShape:
-        """The shape of a step; those beyond the graphs' are rounded up, so that few exist."""
+        """The shape of a step; those beyond the graphs' are rounded up, so that few exist.
+
+        Raises ValueError for a step that no buffer holds.
+        """
+        machine = self.machine
+        if tokens > machine.step_tokens or sequences > machine.max_running:
+            raise ValueError(f"a step of {tokens} tokens and {sequences} sequences is larger than the worker's largest")
         if tokens == sequences:
             at = bisect_left(self.decode_buckets, tokens)
             if at < len(self.decode_buckets):

@@ -1,0 +1,205 @@
+"""The worker on one GPU, Llama-3.1-8B's shape, random weights, bf16: steps and loads beside the card's floors.
+
+    python -m benchmarks.gpu [--folder benchmarks/results] [--commit HASH] [part ...]
+
+Parts: floors start decode lora prefill load. Decode steps as in docs/performance.md: mean context 592, one step ahead.
+"""
+
+import argparse
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.device_timing import graph_times, matrix_rate, read_rate
+from benchmarks.gpu_cases import LLAMA_8B, Bench, HostPages, random_pages, write_config
+from benchmarks.report import Report
+from engine.config import EngineConfig
+from engine.worker.worker import Worker
+
+PARTS = ("floors", "start", "decode", "lora", "prefill", "load")
+BATCHES = (1, 8, 32, 64, 128)
+STEPS, FIRST_CONTEXT = 128, 520  # the mean context of a case is 592
+LORA_CASES = (  # batch, adapters, rank
+    (1, 1, 16), (8, 8, 16), (32, 8, 16), (64, 8, 16), (128, 8, 16), (32, 1, 16), (64, 32, 16), (32, 8, 64),
+)  # fmt: skip
+LINEARS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+LAYERS, HEAD = 32, (128256, 4096)
+KV_BYTES = 131072  # a token
+
+
+class Floors:
+    """What no step can be faster than: the products alone, and bytes at the card's read rate."""
+
+    def __init__(self, report: Report) -> None:
+        shapes = [*LINEARS] * LAYERS + [HEAD]
+        weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+        self._linear = {batch: _products(weights, batch) for batch in BATCHES}
+        del weights
+        torch.cuda.empty_cache()
+        self.rate = read_rate()
+        for batch, times in self._linear.items():
+            report.add(f"floor: products and head, batch {batch}", "ms", times)
+        report.add("floor: memory reads", "TB/s", [self.rate / 1e12])
+        report.add("floor: matrix rate", "TFLOP/s", [matrix_rate() / 1e12])
+
+    def step(self, batch: int, context: int, adapter_bytes: int = 0) -> float:
+        """Milliseconds."""
+        return statistics.median(self._linear[batch]) + (batch * context * KV_BYTES + adapter_bytes) / self.rate * 1e3
+
+
+def _products(weights: list[Tensor], batch: int) -> list[float]:
+    """Milliseconds of one step's products with nothing between them."""
+    inputs = {k: torch.randn(batch, k, device="cuda", dtype=torch.bfloat16) for k in (4096, 14336)}
+    outputs = {n: torch.empty(batch, n, device="cuda", dtype=torch.bfloat16) for n in {w.shape[0] for w in weights}}
+
+    def step() -> None:
+        for weight in weights:
+            torch.mm(inputs[weight.shape[1]], weight.t(), out=outputs[weight.shape[0]])
+
+    return graph_times(step, 10)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("parts", nargs="*", default=PARTS)
+    parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--slots", type=int, default=32)
+    arguments = parser.parse_args()
+    report = Report("gpu", arguments.commit)
+    try:
+        _run(arguments.parts or PARTS, arguments.slots, report)
+    finally:
+        report.save(arguments.folder)
+
+
+def _run(parts: tuple[str, ...], slots: int, report: Report) -> None:
+    floors = Floors(report)
+    gc.collect()
+    torch.cuda.empty_cache()
+    bench = _start(report, slots)
+    if "decode" in parts:
+        decode(bench, floors, report)
+    if "prefill" in parts:
+        prefill(bench, report, 0)
+    if "lora" in parts or "load" in parts:
+        lora(bench, floors, report, "load" in parts, "prefill" in parts)
+
+
+def _start(report: Report, slots: int) -> Bench:
+    """The worker with room for the largest prefill."""
+    folder = write_config(Path(tempfile.mkdtemp()) / "llama-8b", LLAMA_8B)
+    config = EngineConfig(
+        load_format="dummy", context_length=2048, enable_lora=True, max_loras_per_batch=slots, max_lora_rank=64,
+        chunked_prefill_size=8192, max_running_requests=256,
+    )  # fmt: skip
+    began = time.perf_counter()
+    worker = Worker.start(config, folder, progress=_progress())
+    report.add("start, random weights, graphs", "s", [time.perf_counter() - began])
+    info = worker.info
+    report.add("arena", "GiB", [info.num_chunks * info.geometry.chunk_bytes / 2**30])
+    with torch.inference_mode():
+        worker._bank._arena.normal_(0.0, 0.5)  # type: ignore[attr-defined]  # keys and values of real spread
+    torch.cuda.synchronize()
+    return Bench(worker, slots)
+
+
+def _progress() -> Callable[[str, int, int], None]:
+    marks: dict[str, float] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        began = marks.setdefault(stage, time.perf_counter())
+        if done == total:
+            tqdm.write(f"{stage}: {total} in {time.perf_counter() - began:.1f} s")
+
+    return progress
+
+
+def decode(bench: Bench, floors: Floors, report: Report) -> None:
+    for batch in BATCHES:
+        _decode_case(bench, floors, report, f"base, batch {batch}", batch, FIRST_CONTEXT)
+    _decode_case(bench, floors, report, "base, batch 128, context 1104", 128, 1032)
+
+
+def lora(bench: Bench, floors: Floors, report: Report, loads: bool, prefills: bool) -> None:
+    loaded: dict[int, dict[int, HostPages]] = {}
+    chunks: dict[int, tuple[int, ...]] = {}
+    for rank in (16, 64):
+        cases = [case for case in LORA_CASES if case[2] == rank]
+        for adapter, own in chunks.items():
+            bench.drop(adapter, own)
+        chunks = {}
+        for adapter in range(1, max(adapters for _, adapters, _ in cases) + 1):
+            loaded.setdefault(rank, {})[adapter] = random_pages(bench.worker, rank)
+            chunks[adapter] = bench.load(adapter, loaded[rank][adapter])
+        for batch, adapters, _ in cases:
+            used = sum(loaded[rank][i].bytes for i in range(1, adapters + 1))
+            name = f"{adapters} adapters r{rank}, batch {batch}"
+            _decode_case(bench, floors, report, name, batch, FIRST_CONTEXT, adapters, used)
+        if rank == 16 and prefills:
+            prefill(bench, report, 8)
+        if rank == 16 and loads:
+            load(bench, loaded[rank][1], report)
+
+
+def _decode_case(
+    bench: Bench, floors: Floors, report: Report, name: str, batch: int, context: int, adapters: int = 0, used: int = 0
+) -> None:
+    """Wall time of a step, and the device's own time of one replay."""
+    times = []
+    for _ in range(3):
+        plans = bench.decodes(batch, context, STEPS + 8, adapters)
+        bench.run(plans[:8])
+        began = time.perf_counter()
+        bench.run(plans[8:])
+        times.append((time.perf_counter() - began) / STEPS * 1e3)
+    floor = floors.step(batch, context + STEPS // 2, used)
+    ratio = statistics.median(times) / floor
+    report.add(name, "ms/step", times, note=f"floor {floor:.3f}, {ratio:.3f} x")
+
+
+def prefill(bench: Bench, report: Report, adapters: int) -> None:
+    """8 prompts of 1,024 tokens, in steps of 8,192 and of 2,048 tokens."""
+    for at_once in (8, 2):
+        times = []
+        for _ in range(4):
+            plans = [bench.prefills([1024] * at_once, adapters) for _ in range(8 // at_once)]
+            began = time.perf_counter()
+            bench.run(plans)
+            times.append(8192 / (time.perf_counter() - began))
+        what = f"{adapters} adapters r16" if adapters else "base"
+        report.add(f"prefill 8 x 1024, {what}, {at_once * 1024} a step", "tokens/s", times[1:])
+
+
+def load(bench: Bench, pages: HostPages, report: Report) -> None:
+    """One adapter from the host to the arena, beside one pinned copy of as many bytes."""
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        chunks = bench.load(1000, pages)
+        times.append((time.perf_counter() - began) * 1e3)
+        bench.drop(1000, chunks)
+    host = torch.empty(pages.bytes, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty_like(host, device="cuda")
+    copies = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        device.copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+        copies.append((time.perf_counter() - began) * 1e3)
+    plain = report.add("pinned copy of the same bytes", "ms", copies)
+    report.add(
+        "adapter r16, host to arena", "ms", times, note=f"{statistics.median(times) / plain.median:.2f} x the copy"
+    )
+
+
+if __name__ == "__main__":
+    main()
