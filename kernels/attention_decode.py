@@ -1,4 +1,4 @@
-"""Decode attention over the arena: each span of a sequence's keys is one program's; the last to end combines them."""
+"""Decode attention over the arena: each span of a sequence's keys is one program's, then the spans are combined."""
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 import math
@@ -7,56 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_meta import DECODE_INTS, AttentionMeta
+from kernels.attention_meta import DECODE_INTS, SEQUENCE_INTS, AttentionMeta
 from kernels.launch import decode_tiles, power_of_two, require, require_rows
 from kernels.layout import KvLayout
-from kernels.lora_meta import DECODE_ITEMS
-
-
-@triton.jit
-def _item(items, item, mask, ITEM_INTS: tl.constexpr):
-    """Row of q, block table's row, first key, end of keys, first item of the sequence, its items."""
-    at = items + item * ITEM_INTS
-    return (
-        tl.load(at, mask=mask, other=0).to(tl.int64),
-        tl.load(at + 1, mask=mask, other=0).to(tl.int64),
-        tl.load(at + 2, mask=mask, other=0),
-        tl.load(at + 3, mask=mask, other=0),
-        tl.load(at + 4, mask=mask, other=0),
-        tl.load(at + 5, mask=mask, other=0),
-    )
-
-
-@triton.jit
-def _combine(
-    partial,
-    partial_lse,
-    line,
-    parts,
-    real,
-    GROUP: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BM: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """The spans of one sequence and KV head, in their order; other programs wrote them: read past the L1."""
-    g = tl.arange(0, BM)
-    d = tl.arange(0, BD)
-    acc = tl.zeros([BM, BD], tl.float32)
-    most = tl.full([BM], -1.0e30, tl.float32)
-    norm = tl.zeros([BM], tl.float32)
-    for _ in range(parts):
-        lse = tl.load(partial_lse + line, mask=g < GROUP, other=0.0, cache_modifier=".cg")
-        value = tl.load(partial + line[:, None] * HEAD_DIM + d[None, :], mask=real, other=0.0, cache_modifier=".cg")
-        high = tl.maximum(most, lse)
-        fade = tl.exp2(most - high)
-        weight = tl.exp2(lse - high)
-        norm = norm * fade + weight
-        acc = acc * fade[:, None] + value * weight[:, None]
-        most = high
-        line += KV_HEADS * GROUP
-    return acc / norm[:, None]
+from kernels.lora_meta import DECODE_ITEMS, DECODE_SEQUENCES
 
 
 @triton.jit
@@ -69,7 +23,6 @@ def _decode(
     tables,
     partial,
     partial_lse,
-    arrived,
     out_stride,
     q_stride,
     table_stride,
@@ -86,11 +39,7 @@ def _decode(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One program: one KV head's query group against one span of keys. scale includes log2(e).
-
-    The program that ends last of a sequence's combines them, always in the same order. An item is read before the
-    list's length is known (the list is never shorter than the grid), so that the two loads do not wait for another.
-    """
+    """One program: one KV head's query group against one span of keys. scale includes log2(e)."""
     kv_head = tl.program_id(0)
     g = tl.arange(0, BM)
     n = tl.arange(0, BN)
@@ -99,12 +48,16 @@ def _decode(
     head = kv_head * GROUP + g
     keys = arena + layer_start + kv_head * (BLOCK_TOKENS * HEAD_DIM)
     values = keys + KV_HEADS * BLOCK_TOKENS * HEAD_DIM
-    at = (head * HEAD_DIM)[:, None] + d[None, :]
-    start = tl.program_id(1)
-    row, table_row, begin, end, first_item, parts = _item(items, start, True, ITEM_INTS)
     total = tl.load(counts + ITEMS)
-    for item in range(start, total, tl.num_programs(1)):
-        table = tables + table_row * table_stride
+    # An item is loaded in its own turn: triton 3.6 keeps the first item's value where a bound of the inner loop is
+    # carried from turn to turn.
+    for item in range(tl.program_id(1), total, tl.num_programs(1)):
+        row = tl.load(items + item * ITEM_INTS).to(tl.int64)
+        table = tables + tl.load(items + item * ITEM_INTS + 1).to(tl.int64) * table_stride
+        begin = tl.load(items + item * ITEM_INTS + 2)
+        end = tl.load(items + item * ITEM_INTS + 3)
+        whole = tl.load(items + item * ITEM_INTS + 4)
+        at = (head * HEAD_DIM)[:, None] + d[None, :]
         query = tl.load(q + row * q_stride + at, mask=real, other=0.0)
         acc = tl.zeros([BM, BD], tl.float32)
         most = tl.full([BM], float("-inf"), tl.float32)
@@ -112,10 +65,10 @@ def _decode(
         for first in range(begin, end, BN):
             token = first + n
             block = tl.load(table + token // BLOCK_TOKENS, mask=token < end, other=0).to(tl.int64)
-            place = block * chunk_elements + (token % BLOCK_TOKENS) * HEAD_DIM
+            start = block * chunk_elements + (token % BLOCK_TOKENS) * HEAD_DIM
             kv_mask = (token < end)[:, None] & (d < HEAD_DIM)[None, :]
-            k = tl.load(keys + place[:, None] + d[None, :], mask=kv_mask, other=0.0)
-            v = tl.load(values + place[:, None] + d[None, :], mask=kv_mask, other=0.0)
+            k = tl.load(keys + start[:, None] + d[None, :], mask=kv_mask, other=0.0)
+            v = tl.load(values + start[:, None] + d[None, :], mask=kv_mask, other=0.0)
             score = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
             score = tl.where((token < end)[None, :], score, float("-inf"))
             high = tl.maximum(most, tl.max(score, 1))
@@ -125,23 +78,54 @@ def _decode(
             acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
             most = high
         acc = acc / norm[:, None]
-        if parts > 1:
+        if whole > 0:
+            tl.store(out + row * out_stride + at, acc.to(out.dtype.element_ty), mask=real)
+        else:
             line = tl.cast(item, tl.int64) * (KV_HEADS * GROUP) + head
             tl.store(partial + line[:, None] * HEAD_DIM + d[None, :], acc, mask=real)
             tl.store(partial_lse + line, most + tl.log2(norm), mask=g < GROUP)
-            tl.debug_barrier()
-            counter = arrived + tl.cast(first_item, tl.int64) * KV_HEADS + kv_head
-            if tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1:
-                tl.store(counter, 0)
-                line = tl.cast(first_item, tl.int64) * (KV_HEADS * GROUP) + head
-                acc = _combine(
-                    partial, partial_lse, line, parts, real, GROUP, KV_HEADS, HEAD_DIM, BM, BD
-                )  # fmt: skip
-                tl.store(out + row * out_stride + at, acc.to(out.dtype.element_ty), mask=real)
-        else:
-            tl.store(out + row * out_stride + at, acc.to(out.dtype.element_ty), mask=real)
-        after = item + tl.num_programs(1)
-        row, table_row, begin, end, first_item, parts = _item(items, after, after < total, ITEM_INTS)
+
+
+@triton.jit
+def _combine(
+    out,
+    counts,
+    sequences,
+    partial,
+    partial_lse,
+    out_stride,
+    SEQUENCES: tl.constexpr,
+    SEQUENCE_INTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BS: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """One program: one head of one sequence, BS spans at a time."""
+    head = tl.program_id(0)
+    index = tl.program_id(1)
+    s = tl.arange(0, BS)
+    d = tl.arange(0, BD)
+    first = tl.load(sequences + index * SEQUENCE_INTS + 1)
+    spans = tl.load(sequences + index * SEQUENCE_INTS + 2)
+    row = tl.load(sequences + index * SEQUENCE_INTS).to(tl.int64)
+    if (index < tl.load(counts + SEQUENCES)) & (spans > 1):
+        acc = tl.zeros([BD], tl.float32)
+        most = -float("inf")
+        norm = 0.0
+        for at in range(0, spans, BS):
+            line = (first + at + s).to(tl.int64) * HEADS + head
+            mask = at + s < spans
+            lse = tl.load(partial_lse + line, mask=mask, other=float("-inf"))
+            part_mask = mask[:, None] & (d < HEAD_DIM)[None, :]
+            part = tl.load(partial + line[:, None] * HEAD_DIM + d[None, :], mask=part_mask, other=0.0)
+            high = tl.maximum(most, tl.max(lse, 0))
+            weight = tl.exp2(lse - high)
+            fade = tl.exp2(most - high)
+            norm = norm * fade + tl.sum(weight, 0)
+            acc = acc * fade + tl.sum(part * weight[:, None], 0)
+            most = high
+        tl.store(out + row * out_stride + head * HEAD_DIM + d, (acc / norm).to(out.dtype.element_ty), mask=d < HEAD_DIM)
 
 
 def decode_attention(
@@ -171,7 +155,6 @@ def decode_attention(
         meta.block_tables,
         meta.partial,
         meta.partial_lse,
-        meta.arrived,
         out.stride(0),
         q.stride(0),
         meta.block_tables.stride(0),
@@ -190,3 +173,19 @@ def decode_attention(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
+    if meta.bounds.max_parts > 1:
+        _combine[(heads, meta.bounds.sequences)](
+            out,
+            meta.counts,
+            meta.decode_sequences,
+            meta.partial,
+            meta.partial_lse,
+            out.stride(0),
+            SEQUENCES=DECODE_SEQUENCES,
+            SEQUENCE_INTS=SEQUENCE_INTS,
+            HEADS=heads,
+            HEAD_DIM=layout.head_dim,
+            BS=8,
+            BD=wide,
+            num_warps=2,
+        )

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.lora_meta import DECODE_ITEMS, PREFILL_ITEMS, Ints
+from kernels.lora_meta import DECODE_ITEMS, DECODE_SEQUENCES, PREFILL_ITEMS, Ints
 
 PREFILL_INTS = 4  # block table's row, first row of q, tokens, position of the first
-DECODE_INTS = 8  # row of q, block table's row, first key, end of keys, first item of the sequence, its items, 0, 0
+DECODE_INTS = 8  # row of q, block table's row, first key, end of keys, 1 if the sequence is not split, 0, 0, 0
+SEQUENCE_INTS = 4  # row of q, first item, items, 0
 SPAN = 64  # keys; spans are multiples of it
 MIN_SPAN, MAX_SPAN = 128, 2048  # keys of one decode item, as far as MAX_PARTS allows
 MAX_PARTS = 16  # items of one decode in a bucket that does not cut finer anyway
@@ -52,12 +53,14 @@ class AttentionBounds:
         return (
             ("prefill_items", (self.prefill_items, PREFILL_INTS)),
             ("decode_items", (self.decode_items, DECODE_INTS)),
+            ("decode_sequences", (self.sequences, SEQUENCE_INTS)),
         )
 
 
 def decode_splits(sequences: int, kv_heads: int, multiprocessors: int) -> int:
-    """Parts of each decode in a bucket of that many: enough programs for the whole device, at most 32."""
-    return max(1, min(32, -(-2 * multiprocessors // (sequences * kv_heads))))
+    """Parts of each decode in a bucket of that many: about two programs a multiprocessor, at most 32 parts."""
+    programs = sequences * kv_heads
+    return 1 if 2 * programs >= 3 * multiprocessors else min(32, -(-2 * multiprocessors // programs))
 
 
 def decode_bounds(sequences: int, kv_heads: int, multiprocessors: int, max_context: int) -> AttentionBounds:
@@ -112,8 +115,10 @@ def _pack_decode(fields: dict[str, Ints], bounds: AttentionBounds, spans: Ints, 
     items = fields["decode_items"][: len(owner)]
     items[:, 0], items[:, 1], items[:, 2] = first[owner], rows[owner], low
     items[:, 3] = np.minimum(low + span[owner], positions[owner] + 1)
-    items[:, 4], items[:, 5] = start[owner], parts[owner]
-    fields["counts"][DECODE_ITEMS] = len(owner)
+    items[:, 4] = parts[owner] == 1
+    sequences = fields["decode_sequences"][: len(rows)]
+    sequences[:, 0], sequences[:, 1], sequences[:, 2] = first, start, parts
+    fields["counts"][DECODE_ITEMS], fields["counts"][DECODE_SEQUENCES] = len(owner), len(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +129,10 @@ class AttentionMeta:
     counts: Tensor  # [HEADER] int32
     prefill_items: Tensor  # [prefill_items, PREFILL_INTS] int32
     decode_items: Tensor  # [decode_items, DECODE_INTS] int32
+    decode_sequences: Tensor  # [sequences, SEQUENCE_INTS] int32
     block_tables: Tensor  # [rows, max_blocks] int32, chunk ids
     partial: Tensor  # [elements] float32: outputs of split decodes, [decode_items, heads, head_dim]
     partial_lse: Tensor  # [elements] float32: log2 of their sums of exponents, [decode_items, heads]
-    arrived: Tensor  # [elements] int32, zero between launches: items done, by a sequence's first item and KV head
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,18 +141,17 @@ class AttentionWorkspace:
 
     partial: Tensor  # [elements] float32
     partial_lse: Tensor  # [elements] float32
-    arrived: Tensor  # [elements] int32
 
     @classmethod
     def allocate(
         cls, buckets: Sequence[AttentionBounds], heads: int, head_dim: int, device: torch.device
     ) -> "AttentionWorkspace":
         rows = max(b.decode_items for b in buckets) * heads
-        return cls(
-            torch.zeros(rows * head_dim, dtype=torch.float32, device=device),
-            torch.zeros(rows, dtype=torch.float32, device=device),
-            torch.zeros(rows, dtype=torch.int32, device=device),
-        )
+
+        def floats(size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.float32, device=device)
+
+        return cls(floats(rows * head_dim), floats(rows))
 
     def meta(self, bounds: AttentionBounds, fields: dict[str, Tensor], block_tables: Tensor) -> AttentionMeta:
         """A bucket's metadata over this scratch; `fields` are the device views of its packed layout."""
@@ -156,8 +160,8 @@ class AttentionWorkspace:
             fields["counts"],
             fields["prefill_items"],
             fields["decode_items"],
+            fields["decode_sequences"],
             block_tables,
             self.partial,
             self.partial_lse,
-            self.arrived,
         )

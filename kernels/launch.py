@@ -51,14 +51,16 @@ class ShrinkTiles:
     stages: int
 
 
-SPLITS = 4  # parts of the inner dimension at decode: more keep the device busier, and expand reads more
+def shrink_splits(tokens: int) -> int:
+    """Parts of the inner dimension at decode: more keep an idle device busier, and make expand read more."""
+    return 8 if 4 < tokens <= 48 else 4
 
 
 def shrink_tiles(bounds: LoraBounds, group: LoraGroup, itemsize: int) -> ShrinkTiles:
     """Small tiles split the inner dimension to have enough programs; large ones read x once for all modules."""
     narrow = 2 if itemsize == 4 else 1
     if bounds.tile == 16:
-        splits = min(split_bound(bounds), SPLITS, cdiv(group.inner, 256))
+        splits = min(split_bound(bounds), shrink_splits(bounds.tokens), cdiv(group.inner, 256))
         return ShrinkTiles(256 // narrow, splits, False, 4, 3)
     return ShrinkTiles(64 // narrow, 1, len(group.features) > 1, 4, 3)
 
@@ -72,7 +74,9 @@ class ExpandTiles:
 
 def expand_tiles(bounds: LoraBounds, itemsize: int) -> ExpandTiles:
     narrow = 2 if itemsize == 4 else 1
-    return ExpandTiles((256 if bounds.tile == 16 else 128) // narrow, 4 if bounds.tile <= 64 else 8, 2)
+    if bounds.tile == 16:
+        return ExpandTiles(256 // narrow, 4, 2)
+    return ExpandTiles(128 // narrow, 4 if bounds.tile <= 64 else 8, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from kernels.layout import PIECE_RANKS
 Ints = npt.NDArray[np.int32]
 
 # Positions in the header `counts`.
-LORA_WORK, LORA_ITEMS, LORA_ROWS, PREFILL_ITEMS, DECODE_ITEMS = range(5)
+LORA_WORK, LORA_ITEMS, LORA_ROWS, PREFILL_ITEMS, DECODE_ITEMS, DECODE_SEQUENCES = range(6)
 HEADER = 8
 WORK_INTS = 8  # first row, rows, slot, rank block, item, 0, 0, 0
 ITEM_INTS = 4  # first row, rows, slot, 0

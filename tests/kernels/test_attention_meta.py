@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.attention_meta import MIN_SPAN, SPAN, AttentionBounds, pack_attention
-from kernels.lora_meta import DECODE_ITEMS, HEADER, PREFILL_ITEMS, Ints
+from kernels.lora_meta import DECODE_ITEMS, DECODE_SEQUENCES, HEADER, PREFILL_ITEMS, Ints
 
 SEQUENCE = st.tuples(st.integers(0, 70_000), st.integers(1, 40))  # tokens before the step, in the step
 BOUNDS = AttentionBounds(tokens=400, sequences=10, q_tile=16, splits=3, max_context=80_000)
@@ -36,13 +36,14 @@ def test_prefill_items_cover_the_new_tokens(batch: list[tuple[int, int]]) -> Non
 @given(st.lists(st.tuples(st.integers(0, 70_000), st.just(1)), min_size=1, max_size=10), st.sampled_from([0, 300]))
 def test_decode_items_cover_the_keys(batch: list[tuple[int, int]], window: int) -> None:
     host = pack(batch, window)
-    items = host["decode_items"]
+    items, sequences = host["decode_items"], host["decode_sequences"]
+    assert host["counts"][DECODE_SEQUENCES] == len(batch)
     at = 0
     for index, (position, _) in enumerate(batch):
-        count = items[at, 5]
-        own = items[at : at + count]
+        row, first, count, _ = sequences[index]
+        assert (row, first) == (index, at)
+        own = items[first : first + count]
         assert (own[:, 0] == index).all()
-        assert (own[:, 4:6] == (at, count)).all()
         assert (own[:, 1] == 5 + index).all()
         assert own[0, 2] == (max(0, position + 1 - window) if window else 0)
         assert own[-1, 3] == position + 1
@@ -50,6 +51,7 @@ def test_decode_items_cover_the_keys(batch: list[tuple[int, int]], window: int) 
         assert ((own[:-1, 3] - own[:-1, 2]) % SPAN == 0).all()
         assert (own[:-1, 3] - own[:-1, 2] >= MIN_SPAN).all()
         assert (own[:, 3] > own[:, 2]).all()
+        assert (own[:, 4] == (count == 1)).all()
         at += count
     assert host["counts"][DECODE_ITEMS] == at
 
@@ -57,6 +59,6 @@ def test_decode_items_cover_the_keys(batch: list[tuple[int, int]], window: int) 
 def test_how_a_decode_is_cut_does_not_depend_on_the_batch() -> None:
     alone = pack([(5000, 1)])
     beside = pack([(5000, 1), (64_000, 1), (7, 20), (1, 1)])
-    count = alone["decode_items"][0, 5]
+    count = alone["decode_sequences"][0, 2]
     assert count > 1
     assert (alone["decode_items"][:count] == beside["decode_items"][:count]).all()
