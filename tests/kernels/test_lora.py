@@ -65,9 +65,12 @@ def run(
 BATCHES = ([(3, 5), (0, 1), (4, 18), (1, 2), (2, 3)], [(2, 1)], [(4, 40)])
 
 
-@pytest.mark.parametrize("merged", list(GROUPS))
-@pytest.mark.parametrize("tile", [16, 32])
-@pytest.mark.parametrize("groups", BATCHES, ids=["mixed", "one", "long"])
+@pytest.mark.parametrize(
+    ("merged", "tile", "groups"),
+    [(merged, 16, batch) for merged in GROUPS for batch in BATCHES[:2]]
+    + [("o", 16, BATCHES[2]), ("qkv", 64, BATCHES[0]), ("gate_up", 128, BATCHES[2]), ("down", 128, BATCHES[0])],
+    ids=str,
+)
 def test_delta(merged: str, tile: int, groups: list[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> None:
     torch.manual_seed(1)
     adapters = make_adapters(mixed_ranks(), SHAPES, 7, dtype, device, 0.2)
