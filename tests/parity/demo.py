@@ -43,7 +43,9 @@ def demo_folder() -> Path:
 
 def demo_adapters() -> dict[str, Path]:
     """Those that ship with the project, by name."""
-    return {path.parent.name: path.parent for path in sorted(ADAPTERS.glob("lora*/adapter_model.safetensors"))}
+    found = {path.parent.name: path.parent for path in sorted(ADAPTERS.glob("lora*/adapter_model.safetensors"))}
+    assert len(found) >= 4, f"the demo's adapters are missing in {ADAPTERS}"
+    return found
 
 
 def chat_prompts(folder: Path, questions: Sequence[str] = QUESTIONS) -> list[list[int]]:

@@ -32,6 +32,15 @@ class Reference:
             self._known[key] = self._forward(torch.tensor([list(tokens)]), adapter)
         return self._known[key]
 
+    def exact_logits(self, tokens: Sequence[int], adapter: str | None) -> Tensor:
+        """The same in float64, for positions where float32's own rounding is in doubt; not remembered."""
+        model = self._base if self._peft is None else self._peft
+        model.double()
+        try:
+            return self._forward(torch.tensor([list(tokens)]), adapter)
+        finally:
+            model.float()  # back to the very weights: float64 holds them exactly
+
     @torch.inference_mode()
     def _forward(self, ids: Tensor, adapter: str | None) -> Tensor:
         if self._peft is None:
