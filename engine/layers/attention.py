@@ -122,12 +122,21 @@ class TorchAttention:
         """[sequences * queries, (heads + 2 kv_heads) * head_dim] -> [sequences * queries, heads * head_dim]."""
         dims, heads = self._dims, self._heads(qkv)
         k, v = group.source.read(layer, heads[:, dims.heads :])
-        shape = (group.sequences, group.queries, dims.kv_heads, dims.heads // dims.kv_heads, dims.head_dim)
-        queries = heads[:, : dims.heads].reshape(shape).transpose(1, 2).reshape(k.shape[0], -1, dims.head_dim)
+        queries = self._by_kv_head(heads[:, : dims.heads], group)
         mask = group.window_mask if self._window_layers[layer] else group.mask
         scores = torch.baddbmm(mask, queries, k.transpose(1, 2), alpha=dims.head_dim**-0.5)
         out = torch.bmm(scores.softmax(-1), v)
-        return out.view(shape[0], shape[2], shape[1], *shape[3:]).transpose(1, 2).reshape(qkv.shape[0], -1)
+        if group.queries > 1:
+            shape = (group.sequences, dims.kv_heads, group.queries, -1)
+            out = out.view(shape).transpose(1, 2)
+        return out.reshape(qkv.shape[0], -1)
+
+    def _by_kv_head(self, q: Tensor, group: Group) -> Tensor:
+        """[sequences * queries, heads, head_dim] -> [sequences * kv_heads, queries * heads of a KV head, head_dim]."""
+        dims = self._dims
+        if group.queries > 1:
+            q = q.reshape(group.sequences, group.queries, dims.kv_heads, -1).transpose(1, 2)
+        return q.reshape(group.sequences * dims.kv_heads, -1, dims.head_dim)
 
     def _store_index(self, batch: Batch) -> Tensor:
         """[tokens, 2 * kv_heads] int64: rows of layer 0 that take each token's keys and values."""
@@ -154,10 +163,7 @@ class TorchAttention:
 
     def _decode_group(self, batch: Batch, spans: Sequence[Span], capacity: int, source: KvSource) -> Group:
         positions = np.array([[span.start] for span in spans])
-        masks = [
-            self._mask(positions, capacity, window).repeat_interleave(self._dims.kv_heads, 0)[:, None]
-            for window in (NO_WINDOW, self._window)
-        ]
+        masks = [mask.repeat_interleave(self._dims.kv_heads, 0)[:, None] for mask in self._masks(positions, capacity)]
         firsts = [span.first for span in spans]
         whole = firsts == list(range(len(batch.ids)))
         tokens = slice(None) if whole else self._tensor(np.array(firsts))
@@ -171,10 +177,7 @@ class TorchAttention:
             start = span.start + first
             blocks = -(-(start + length) // self._block)
             positions, share = np.arange(start, start + length)[:, None], self._dims.heads // self._dims.kv_heads
-            masks = [
-                self._mask(positions, blocks * self._block, window).repeat_interleave(share, 0)[None]
-                for window in (NO_WINDOW, self._window)
-            ]
+            masks = [mask.repeat_interleave(share, 0)[None] for mask in self._masks(positions, blocks * self._block)]
             tokens = slice(span.first + first, span.first + first + length)
             groups.append(Group(tokens, 1, length, masks[0], masks[1], self._gathered(batch, [span], blocks)))
         return groups
@@ -186,6 +189,11 @@ class TorchAttention:
         heads = np.arange(self._per_layer).reshape(2, 1, -1, 1)
         index = self._tensor((self._first_page(chunks)[None, :, None] + heads).reshape(-1))
         return Gathered(self._pages, index, blocks * self._block, self._dims.head_dim)
+
+    def _masks(self, positions: NDArray[np.int64], capacity: int) -> tuple[Tensor, Tensor]:
+        """Of layers that see everything and of those that see a window."""
+        full = self._mask(positions, capacity, NO_WINDOW)
+        return full, full if self._window == NO_WINDOW else self._mask(positions, capacity, self._window)
 
     def _mask(self, positions: NDArray[np.int64], capacity: int, window: int) -> Tensor:
         """[queries, capacity]: 0 where a key is seen from the position, -inf elsewhere."""
