@@ -2,15 +2,14 @@
 
     python -m benchmarks.gpu [--folder benchmarks/results] [--commit HASH] [part ...]
 
-Parts: floors start decode lora prefill load. Decode steps as in docs/performance.md: mean context 592, one step ahead.
+Parts: decode prefill lora load profile. Decode steps as in docs/performance.md: mean context 592, one step ahead.
 """
 
 import argparse
-import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,26 +22,23 @@ from benchmarks.report import Report
 from engine.config import EngineConfig
 from engine.worker.worker import Worker
 
-PARTS = ("floors", "start", "decode", "lora", "prefill", "load")
+PARTS = ("decode", "prefill", "lora", "load", "profile")
 BATCHES = (1, 8, 32, 64, 128)
 STEPS, FIRST_CONTEXT = 128, 520  # the mean context of a case is 592
 LORA_CASES = (  # batch, adapters, rank
     (1, 1, 16), (8, 8, 16), (32, 8, 16), (64, 8, 16), (128, 8, 16), (32, 1, 16), (64, 32, 16), (32, 8, 64),
 )  # fmt: skip
-LINEARS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
-LAYERS, HEAD = 32, (128256, 4096)
 KV_BYTES = 131072  # a token
 
 
 class Floors:
     """What no step can be faster than: the products alone, and bytes at the card's read rate."""
 
-    def __init__(self, report: Report) -> None:
-        shapes = [*LINEARS] * LAYERS + [HEAD]
-        weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
-        self._linear = {batch: _products(weights, batch) for batch in BATCHES}
-        del weights
-        torch.cuda.empty_cache()
+    def __init__(self, worker: Worker, report: Report) -> None:
+        weights = worker._runner._decoder._weights  # type: ignore[attr-defined]
+        linears = [linear for layer in weights.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        matrices = [*(linear.weight for linear in linears), weights.head]
+        self._linear = {batch: _products(matrices, batch) for batch in BATCHES}
         self.rate = read_rate()
         for batch, times in self._linear.items():
             report.add(f"floor: products and head, batch {batch}", "ms", times)
@@ -72,33 +68,37 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--commit", default="")
     parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--after", type=Path, help="measure when this file exists; until then only get ready")
+    parser.add_argument("--mem-fraction", type=float, default=0.88)
     arguments = parser.parse_args()
     report = Report("gpu", arguments.commit)
     try:
-        _run(arguments.parts or PARTS, arguments.slots, report)
+        _run(arguments.parts or PARTS, arguments.slots, arguments.mem_fraction, report, arguments.after)
     finally:
         report.save(arguments.folder)
 
 
-def _run(parts: tuple[str, ...], slots: int, report: Report) -> None:
-    floors = Floors(report)
-    gc.collect()
-    torch.cuda.empty_cache()
-    bench = _start(report, slots)
+def _run(parts: Sequence[str], slots: int, share: float, report: Report, after: Path | None) -> None:
+    bench = _start(report, slots, share)
+    while after is not None and not after.exists():
+        time.sleep(0.1)
+    floors = Floors(bench.worker, report)
     if "decode" in parts:
         decode(bench, floors, report)
+    if "profile" in parts:
+        profile(bench, "base, batch 32", 32, 0)
     if "prefill" in parts:
         prefill(bench, report, 0)
     if "lora" in parts or "load" in parts:
-        lora(bench, floors, report, "load" in parts, "prefill" in parts)
+        lora(bench, floors, report, parts)
 
 
-def _start(report: Report, slots: int) -> Bench:
+def _start(report: Report, slots: int, share: float) -> Bench:
     """The worker with room for the largest prefill."""
     folder = write_config(Path(tempfile.mkdtemp()) / "llama-8b", LLAMA_8B)
     config = EngineConfig(
         load_format="dummy", context_length=2048, enable_lora=True, max_loras_per_batch=slots, max_lora_rank=64,
-        chunked_prefill_size=8192, max_running_requests=256,
+        chunked_prefill_size=8192, max_running_requests=256, mem_fraction_static=share,
     )  # fmt: skip
     began = time.perf_counter()
     worker = Worker.start(config, folder, progress=_progress())
@@ -128,7 +128,7 @@ def decode(bench: Bench, floors: Floors, report: Report) -> None:
     _decode_case(bench, floors, report, "base, batch 128, context 1104", 128, 1032)
 
 
-def lora(bench: Bench, floors: Floors, report: Report, loads: bool, prefills: bool) -> None:
+def lora(bench: Bench, floors: Floors, report: Report, parts: Sequence[str]) -> None:
     loaded: dict[int, dict[int, HostPages]] = {}
     chunks: dict[int, tuple[int, ...]] = {}
     for rank in (16, 64):
@@ -143,9 +143,11 @@ def lora(bench: Bench, floors: Floors, report: Report, loads: bool, prefills: bo
             used = sum(loaded[rank][i].bytes for i in range(1, adapters + 1))
             name = f"{adapters} adapters r{rank}, batch {batch}"
             _decode_case(bench, floors, report, name, batch, FIRST_CONTEXT, adapters, used)
-        if rank == 16 and prefills:
+        if rank == 16 and "profile" in parts:
+            profile(bench, "8 adapters r16, batch 32", 32, 8)
+        if rank == 16 and "prefill" in parts:
             prefill(bench, report, 8)
-        if rank == 16 and loads:
+        if rank == 16 and "load" in parts:
             load(bench, loaded[rank][1], report)
 
 
@@ -163,6 +165,20 @@ def _decode_case(
     floor = floors.step(batch, context + STEPS // 2, used)
     ratio = statistics.median(times) / floor
     report.add(name, "ms/step", times, note=f"floor {floor:.3f}, {ratio:.3f} x")
+
+
+def profile(bench: Bench, name: str, batch: int, adapters: int) -> None:
+    """Where the device's time goes in a decode step, by kernel."""
+    steps = 4
+    plans = bench.decodes(batch, FIRST_CONTEXT, steps + 2, adapters)
+    bench.run(plans[:2])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        bench.run(plans[2:])
+        torch.cuda.synchronize()
+    rows = [row for row in profiler.key_averages() if row.self_device_time_total > 0]
+    print(f"profile of {name}: kernel, launches a step, microseconds a step", flush=True)
+    for row in sorted(rows, key=lambda row: -row.self_device_time_total)[:14]:
+        print(f"  {row.key[:70]:<70} {row.count / steps:>7.1f} {row.self_device_time_total / steps:>9.1f}", flush=True)
 
 
 def prefill(bench: Bench, report: Report, adapters: int) -> None:

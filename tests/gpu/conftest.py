@@ -6,7 +6,7 @@ GPU_FIGURES=benchmarks/results/gpu-tests.json pytest -m gpu tests --junitxml=ben
 import gc
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,7 @@ import torch
 
 from benchmarks.report import environment
 
-Figures = dict[str, object]
-FIGURES = pytest.StashKey[Figures]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[FIGURES] = {}
+Figures = Callable[[str, Mapping[str, object]], None]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,9 +26,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def figures(request: pytest.FixtureRequest) -> Figures:
-    """What a test measured, by its name."""
-    return request.config.stash[FIGURES]
+def figures() -> Figures:
+    """Keeps what a test measured under a name; several processes may do so at once."""
+
+    def keep(name: str, values: Mapping[str, object]) -> None:
+        if path := os.environ.get("GPU_FIGURES"):
+            with Path(f"{path}.lines").open("a") as lines:
+                lines.write(json.dumps({"name": name, **values}) + "\n")
+
+    return keep
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def _memory_is_given_back() -> Iterator[None]:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Where GPU_FIGURES names a file, the figures with card, versions and commit."""
     path = os.environ.get("GPU_FIGURES")
-    figures = session.config.stash[FIGURES]
-    if path and figures:
+    if path and not hasattr(session.config, "workerinput") and (lines := Path(f"{path}.lines")).exists():
+        figures = [json.loads(line) for line in lines.read_text().splitlines()]
         kept = {**environment(os.environ.get("COMMIT", "")), "exit": int(exitstatus), "figures": figures}
         Path(path).write_text(json.dumps(kept, indent=1) + "\n")

@@ -18,10 +18,18 @@ Weights = Mapping[tuple[int, int], tuple[Tensor, Tensor]]  # (layer, module) -> 
 class DeviceReference:
     """One checkpoint in one dtype; the adapters' weights are those that the server holds, rounded to `rounded`."""
 
-    def __init__(self, folder: Path, adapters: Mapping[int, Weights], dtype: torch.dtype, rounded: torch.dtype) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().cuda()
+    def __init__(
+        self,
+        folder: Path,
+        adapters: Mapping[int, Weights],
+        dtype: torch.dtype,
+        rounded: torch.dtype,
+        device: str = "cuda",
+    ) -> None:
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+        self._device = device
         self._adapters = {
-            adapter: {place: tuple(x.to(rounded).to(dtype).cuda() for x in pair) for place, pair in weights.items()}
+            adapter: {place: tuple(x.to(rounded).to(dtype).to(device) for x in pair) for place, pair in weights.items()}
             for adapter, weights in adapters.items()
         }
 
@@ -29,11 +37,11 @@ class DeviceReference:
     def logits(self, tokens: Sequence[int], adapter: int | None) -> Tensor:
         """[len(tokens), vocab] float32 on the device: row i is what follows tokens[: i + 1]."""
         with self._applied(adapter):
-            return self._model(torch.tensor([list(tokens)], device="cuda")).logits[0].float()  # type: ignore[no-any-return]
+            return self._model(torch.tensor([list(tokens)], device=self._device)).logits[0].float()  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def greedy(self, prompt: Sequence[int], adapter: int | None, count: int) -> list[int]:
-        ids = torch.tensor([list(prompt)], device="cuda")
+        ids = torch.tensor([list(prompt)], device=self._device)
         with self._applied(adapter):
             out = self._model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
         tokens: list[int] = out[0, len(prompt) :].tolist()

@@ -23,7 +23,6 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {
-        "tie_word_embeddings": True,
         "rope_scaling": {
             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
@@ -106,7 +105,7 @@ def test_families(case: Case, graphs: bool, figures: Figures, request: pytest.Fi
     owners = [None, *case.adapters, None, 4, 6, 1, 3]
     requests = driver.run(forced(owners, case.exact), (5, 70))
     judgement = judge(requests, case.exact, case.peer)
-    figures[request.node.name] = {**dataclasses.asdict(judgement), "replays": driver.worker.graph_replays}
+    figures(request.node.name, {**dataclasses.asdict(judgement), "replays": driver.worker.graph_replays})
     driver.worker.close()
     assert_right(judgement)
     assert (driver.worker.graph_replays > 0) == graphs
@@ -124,7 +123,7 @@ def test_many_adapters_in_a_batch(crowd: Case, count: int, figures: Figures) -> 
     driver = crowd.driver(max_loras_per_batch=64, cuda_graph_max_bs=80)
     owners: list[int | None] = [*range(1, count + 1), *([None] * 4)]
     judgement = judge(driver.run(forced(owners, crowd.exact, 40, 6), (3, 25)), crowd.exact, crowd.peer)
-    figures[f"{count} adapters"] = dataclasses.asdict(judgement)
+    figures(f"{count} adapters", dataclasses.asdict(judgement))
     driver.worker.close()
     assert_right(judgement)
     assert driver.worker.graph_replays > 0
@@ -139,7 +138,7 @@ def test_top_of_a_large_arena(crowd: Case, figures: Figures) -> None:
     load(driver, few)
     judgement = judge(driver.run(forced([None, *few], crowd.exact), (5, 60)), crowd.exact, crowd.peer)
     size = info.num_chunks * info.geometry.chunk_bytes
-    figures["top of the arena"] = {**dataclasses.asdict(judgement), "arena_bytes": size}
+    figures("top of the arena", {**dataclasses.asdict(judgement), "arena_bytes": size})
     driver.worker.close()
     assert_right(judgement)
     assert size > 40 << 30
