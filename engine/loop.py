@@ -174,4 +174,6 @@ class EngineLoop:
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     def _hung(self) -> bool:
-        return bool(self._flights) and self._time() - self._flights[0].launched > self._hung_after
+        """Whether the device is late; a step that is done waits for the gateway to read."""
+        oldest = self._flights[0] if self._flights else None
+        return oldest is not None and not oldest.result.done() and self._time() - oldest.launched > self._hung_after

@@ -50,6 +50,7 @@ class Pipeline:
         if plan.sequences:
             pending = self._launcher.submit(self._run, plan)
             result = loop.run_in_executor(self._collector, lambda: pending.result().result())
+            result.add_done_callback(_note_failure)
         else:
             result = loop.create_future()
             result.set_result(StepResult(plan.step, [], 0.0))
@@ -63,3 +64,9 @@ class Pipeline:
     def _run(self, plan: StepPlan) -> Pending:
         self._worker.forward(plan)
         return self._worker.sample(plan)
+
+
+def _note_failure(result: "asyncio.Future[StepResult]") -> None:
+    """A step behind one that failed fails too, and nobody asks for it: that is no news to log."""
+    if not result.cancelled():
+        result.exception()

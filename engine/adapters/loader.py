@@ -168,7 +168,10 @@ class AdapterLoader:
         try:
             await self._to_host(adapter_id, source, revision)
             done.set_result(None)
-        except BaseException as error:
+        except asyncio.CancelledError:  # the engine stops
+            done.cancel()
+            raise
+        except Exception as error:
             reason = error if isinstance(error, EngineError) else _unforeseen(error)
             self._fail(self._control.host_failed(adapter_id, reason.message))
             done.set_exception(reason)
