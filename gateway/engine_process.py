@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -31,10 +30,9 @@ SECRETS = ("LORAMUX_API_KEY", "LORAMUX_ADMIN_API_KEY")  # the engine has no use 
 class EngineProcess:
     """A process whose engine is ready; `client` speaks to it."""
 
-    def __init__(self, process: Process, folder: Path, client: EngineClient) -> None:
+    def __init__(self, process: Process, client: EngineClient) -> None:
         self.client = client
         self._process = process
-        self._folder = folder
 
     @classmethod
     async def start(cls, config: EngineConfig, command: Sequence[str] = COMMAND) -> Self:
@@ -43,17 +41,15 @@ class EngineProcess:
         Raises:
             EngineError: the engine refused to start, or died on the way.
         """
-        folder = Path(tempfile.mkdtemp(prefix="loramux-"))  # readable by this user alone
-        path = str(folder / "engine.sock")
-        process = None
-        try:
-            process = await _spawn(
-                [*command, "--socket", path, "--parent", str(os.getpid()), f"@{_config_file(folder, config)}"]
-            )
-            return cls(process, folder, await _connect(path, process))
-        except BaseException:
-            await _end(process, folder)
-            raise
+        with tempfile.TemporaryDirectory(prefix="loramux-", ignore_cleanup_errors=True) as folder:  # this user's alone
+            path = f"{folder}/engine.sock"
+            given = ("--socket", path, "--parent", str(os.getpid()), f"@{_config_file(Path(folder), config)}")
+            process = await _spawn([*command, *given])
+            try:
+                return cls(process, await _connect(path, process))
+            except BaseException:
+                await _end(process)
+                raise
 
     @property
     def pid(self) -> int:
@@ -69,7 +65,7 @@ class EngineProcess:
 
     async def kill(self) -> int:
         """Ends the process and whatever it started; returns its exit code (negative: the signal)."""
-        code = await _end(self._process, self._folder)
+        code = await _end(self._process)
         await self.client.close()
         return code
 
@@ -114,13 +110,9 @@ def _how(code: int) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-async def _end(process: Process | None, folder: Path) -> int:
-    """Kills the process's whole session and clears its folder."""
-    code = 0
-    if process is not None:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        code = await process.wait()
-    shutil.rmtree(folder, ignore_errors=True)
-    return code
+async def _end(process: Process) -> int:
+    """Kills the process's whole session."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return await process.wait()

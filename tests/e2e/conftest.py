@@ -58,6 +58,8 @@ def server(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         yield server
     finally:
         server.close()
+    assert server.process.returncode == 0
+    assert "Traceback" not in server.text(), server.text()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from tests.e2e.conftest import Files
 from tests.e2e.server import Server, client_of, figures, generate, launch, load, names_of, serving, unload, until
+from tests.support.adapters import write_adapter
 
 LONG: Any = {"model": "llama:lora0", "prompt": "hello", "max_tokens": 1900, "ignore_eos": True, "temperature": 0}
 COME_BACK_SECONDS = 30.0
@@ -120,7 +122,8 @@ async def test_a_stopped_server_ends_its_streams_and_its_engine(files: Files, tm
 
 
 async def test_a_killed_gateway_leaves_no_engine(files: Files, tmp_path: Path) -> None:
-    with serving(tmp_path / "log", *files.flags, "--lora-paths", f"lora0={files.rank4}") as server:
+    flags = ("--lora-paths", f"lora0={files.rank4}")
+    with serving(tmp_path / "log", *files.flags, *flags, env={"TMPDIR": str(tmp_path)}) as server:
         engine = server.engine
         async with client_of(server) as client:
             stream = Stream(client, LONG)
@@ -130,6 +133,7 @@ async def test_a_killed_gateway_leaves_no_engine(files: Files, tmp_path: Path) -
                 await stream.lines()
         await asyncio.to_thread(psutil.wait_procs, [engine], timeout=5)
         assert not is_running(engine)
+    assert not [entry for entry in os.listdir(tmp_path) if entry.startswith("loramux-")]
 
 
 async def test_a_gateway_killed_while_weights_load_leaves_no_engine(files: Files, tmp_path: Path) -> None:
@@ -144,6 +148,45 @@ async def test_a_gateway_killed_while_weights_load_leaves_no_engine(files: Files
         process.wait()
     await asyncio.to_thread(psutil.wait_procs, children, timeout=5)
     assert not any(is_running(child) for child in children)
+
+
+@pytest.mark.slow
+async def test_an_engine_that_stands_still_is_replaced(files: Files, tmp_path: Path) -> None:
+    """Stopped, not dead: only the missing heartbeats tell."""
+    with serving(tmp_path / "log", *files.flags, "--lora-paths", f"lora0={files.rank4}") as server:
+        async with client_of(server) as client:
+            before = await generate(client, "hello", "lora0")
+            stopped = server.engine
+            stopped.suspend()
+            whole = asyncio.create_task(client.post("/v1/completions", json=LONG))
+            load_call = asyncio.create_task(
+                client.post("/load_lora_adapter", json={"lora_name": "lora1", "lora_path": str(files.rank4)})
+            )
+            is_engine_dead(await whole)
+            refused = await load_call
+            assert (refused.status_code, refused.json()["success"]) == (503, False)
+            await healthy_again(client)
+            assert not is_running(stopped)
+            assert await generate(client, "hello", "lora0") == before
+
+
+@pytest.mark.slow
+async def test_an_engine_that_dies_again_and_again_comes_back(files: Files, tmp_path: Path) -> None:
+    """Also with an adapter whose files are gone: the others are served."""
+    away = write_adapter(tmp_path / "away", files.model, rank=4)
+    paths = (f"lora0={files.rank4}", f"away={away}")
+    with serving(tmp_path / "log", *files.flags, "--lora-paths", *paths) as server:
+        async with client_of(server) as client:
+            before = await generate(client, "hello", "lora0")
+            for deaths in (1, 2, 3):
+                server.engine.kill()
+                await until(client, lambda told, deaths=deaths: told("engine_losses_total") == deaths, 10)  # type: ignore[misc]
+                (away / "adapter_config.json").unlink(missing_ok=True)
+                await healthy_again(client)
+                assert await generate(client, "hello", "lora0") == before
+            models = names_of((await client.get("/v1/models")).json()["data"])
+            assert models == ["llama", "llama:lora0"]
+            assert "adapter 'away' is not served any more" in server.text()
 
 
 def is_running(process: psutil.Process) -> bool:
