@@ -56,11 +56,14 @@ class HostPages(Protocol):
 class AdapterBank:
     """Resident adapters by id. `arena` is [chunks, chunk_elements] in the model's dtype."""
 
-    def __init__(self, arena: Tensor, dims: ModelDims, thread: BackgroundThread, merged_bytes: int) -> None:
+    def __init__(
+        self, arena: Tensor, dims: ModelDims, thread: BackgroundThread, merged_bytes: int, merged_least: int = 1
+    ) -> None:
         self._arena = arena
         self._dims = dims
         self._thread = thread
         self._merged_limit = merged_bytes
+        self._merged_least = merged_least  # as many stay merged whatever their bytes: those that a batch may hold
         self._lock = threading.Lock()
         self._resident: dict[int, PieceViews] = {}
         self._merged: dict[int, AdapterSet] = {}  # least recently used first
@@ -122,9 +125,12 @@ class AdapterBank:
         with self._lock:
             if self._resident.get(adapter_id) is views:
                 self._merged[adapter_id] = merged
-            while len(self._merged) > 1 and sum(m.nbytes for m in self._merged.values()) > self._merged_limit:
+            while len(self._merged) > self._merged_least and self._merged_bytes() > self._merged_limit:
                 del self._merged[next(iter(self._merged))]
         return merged
+
+    def _merged_bytes(self) -> int:
+        return sum(merged.elements for merged in self._merged.values()) * self._arena.element_size()
 
     def _build_stack(self, adapter_ids: tuple[int, ...]) -> None:
         try:

@@ -20,21 +20,21 @@ NOBODY = -2  # owner of columns that only fill up a block; no token's
 
 def merge(dims: ModelDims, adapters: Mapping[int, PieceViews]) -> AdapterSet:
     """Merges the adapters, in the mapping's order, into one set."""
-    views, nbytes, layers = list(adapters.values()), 0, []
+    views, elements, layers = list(adapters.values()), 0, []
     for layer in range(dims.layers):
         row: list[SitePair | None] = []
         for modules in SITE_MODULES:
             pair, size = _merge_site(dims, views, layer, modules)
             row.append(pair)
-            nbytes += size
+            elements += size
         layers.append(tuple(row))
-    return AdapterSet(tuple(adapters), tuple(layers), nbytes)
+    return AdapterSet(tuple(adapters), tuple(layers), elements)
 
 
 def _merge_site(
     dims: ModelDims, adapters: Sequence[PieceViews], layer: int, modules: tuple[int, ...]
 ) -> tuple[SitePair | None, int]:
-    """The pair of one site and its bytes."""
+    """The pair of one site and its number of weights."""
     blocks = [
         (owner, offset, a, b)
         for owner, views in enumerate(adapters)
@@ -55,7 +55,7 @@ def _merge_site(
         ranks = slice(columns[owner], columns[owner] + a.shape[0])
         a_all[ranks], b_all[offset : offset + b.shape[0], ranks], owner_of[ranks] = a, b, owner
         columns[owner] = ranks.stop
-    return SitePair(make_product(a_all), make_product(b_all), owner_of, tuple(widths)), a_all.nbytes + b_all.nbytes
+    return SitePair(make_product(a_all), make_product(b_all), owner_of, tuple(widths)), a_all.numel() + b_all.numel()
 
 
 def _columns(widths: Sequence[int]) -> tuple[list[int], int]:

@@ -210,11 +210,9 @@ class TorchAttention:
 
 
 def bucket(blocks: int) -> int:
-    """Blocks that a context is padded to: two steps an octave from 4 on, so that few groups cover all lengths."""
-    size = 4
-    while size < blocks:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
+    """Blocks that a context is padded to: multiples of 4, then four steps an octave, so that few groups cover all."""
+    step = max(4, 1 << max(0, (blocks - 1).bit_length() - 3))
+    return -(-blocks // step) * step
 
 
 def _pick(rows: Tensor, tokens: Tensor | slice) -> Tensor:

@@ -35,12 +35,7 @@ class AdapterSet:
 
     adapter_ids: tuple[int, ...]
     pairs: tuple[tuple[SitePair | None, ...], ...]  # [layer][site]; None where no adapter of the set has a module
-    nbytes: int
-
-    @property
-    def ranks(self) -> int:
-        """Columns of all pairs: what a token pays for in a product with the whole set."""
-        return sum(sum(pair.widths) for layer in self.pairs for pair in layer if pair is not None)
+    elements: int  # weights in all, zeros among them: what a token is multiplied with
 
 
 class LoraPath(Protocol):

@@ -1,6 +1,7 @@
 """One thread of low priority for work that must not delay a step: page copies, merging of adapters."""
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 NICENESS = 19
+log = logging.getLogger(__name__)
 
 
 class BackgroundThread:
@@ -18,12 +20,20 @@ class BackgroundThread:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=_lower_priority)
 
     def submit(self, job: Callable[[], None]) -> Future[None]:
-        """The job must tell its own errors to whoever waits for it; the future is for tests."""
-        return self._executor.submit(torch.inference_mode()(job))
+        """What a job raises is logged; whoever must know of it is told by the job itself."""
+        return self._executor.submit(_run, job)
 
     def close(self) -> None:
         """Ends the thread after the job that runs; those behind it are dropped."""
         self._executor.shutdown(cancel_futures=True)
+
+
+@torch.inference_mode()
+def _run(job: Callable[[], None]) -> None:
+    try:
+        job()
+    except Exception:
+        log.exception("background work failed")
 
 
 def _lower_priority() -> None:

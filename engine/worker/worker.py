@@ -183,7 +183,8 @@ def _start(config: EngineConfig, folder: Path, progress: Progress) -> Worker:
         decoder = load_decoder(model, source, dtype, device, context, progress)
         source.close()
         arena = torch.zeros(size.chunks, geometry.chunk_elements, dtype=dtype, device=device)
-    bank = AdapterBank(arena, model.dims, BackgroundThread("adapter-loads"), arena.nbytes // MERGED_SHARE)
+    thread, merged_bytes = BackgroundThread("adapter-loads"), arena.nbytes // MERGED_SHARE
+    bank = AdapterBank(arena, model.dims, thread, merged_bytes, config.max_loras_per_batch)
     chooser = LoraChooser(bank, config.lora_stack)
     rows = make_rows(config.max_running_requests, geometry.blocks(context), device)
     attention = TorchAttention(

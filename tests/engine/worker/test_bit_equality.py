@@ -6,6 +6,7 @@ import msgspec
 import pytest
 import torch
 
+from engine.adapters.bank import AdapterBank
 from engine.layers.linear import cpu_has_bfloat16
 from tests.engine.worker.harness import GREEDY, Driver, Pages, Request, make_pages, random_weights, start, tiny_llama
 from tests.engine.worker.test_parity_base import prompts
@@ -69,7 +70,9 @@ def test_stack_of_other_adapters_changes_nothing(folder: Path, alone: list[tuple
     made = driver(folder)
     made.run([r for r in requests() if r.adapter_id in (2, 3, 4)])
     made.settle()
-    stack = made.worker._bank.stack()
+    bank = made.worker._bank
+    assert isinstance(bank, AdapterBank)
+    stack = bank.stack()
     assert stack is not None
     assert len(stack.adapter_ids) == 3
     before = made.worker.lora_steps["stacked"]

@@ -1,0 +1,127 @@
+"""Attention on torch against the plain reference; gathered and mirrored alike; masked memory never counts."""
+
+import random
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.geometry import make_geometry
+from engine.layers.attention import TorchAttention, bucket
+from engine.layers.linear import cpu_has_bfloat16
+from engine.models.dims import ModelDims
+from engine.worker.batch import Batch, Span
+from kernels.reference import attention as reference
+
+DIMS = ModelDims(layers=2, hidden=72, intermediate=104, heads=6, kv_heads=2, head_dim=20, vocab=50)
+MIRRORED = 1 << 26
+
+
+@dataclass
+class Sequence:
+    row: int
+    sequence_id: int
+    blocks: list[int]
+    length: int = 0
+
+
+class Bench:
+    """Sequences that grow in an arena full of NaN."""
+
+    def __init__(self, dtype: torch.dtype, mirror_bytes: int, dims: ModelDims = DIMS) -> None:
+        self.dims, self.geometry = dims, make_geometry(dims, dtype.itemsize)
+        self.block = self.geometry.block_tokens
+        self.arena = torch.full((400, self.geometry.chunk_elements), float("nan"), dtype=dtype)
+        self.attention = TorchAttention(self.arena, dims, self.block, mirror_bytes=mirror_bytes)
+        self.table = np.zeros((40, 40), np.int64)
+        self.random = random.Random(5)
+        self.free = self.random.sample(range(400), 400)
+        self.count = 0
+
+    def new(self) -> Sequence:
+        self.count += 1
+        return Sequence(self.count % 40, self.count, [])
+
+    def step(self, parts: list[tuple[Sequence, int]]) -> list[tuple[Tensor, Tensor]]:
+        """Adds tokens to sequences; for each layer what attention gave and what the reference gives."""
+        spans, fresh, first = [], [], 0
+        for sequence, length in parts:
+            spans.append(Span(sequence.sequence_id, sequence.row, first, length, sequence.length))
+            first, sequence.length = first + length, sequence.length + length
+            while len(sequence.blocks) * self.block < sequence.length:
+                sequence.blocks.append(self.free.pop())
+                fresh.append(sequence.blocks[-1])
+            self.table[sequence.row, : len(sequence.blocks)] = sequence.blocks
+        positions = torch.cat([torch.arange(s.start, s.context) for s in spans])
+        rows = np.repeat([s.row for s in spans], [s.length for s in spans])
+        self.attention.begin(Batch(positions, positions, rows, tuple(spans), (), self.table, tuple(fresh)))
+        return [self._layer(layer, positions, rows) for layer in range(self.dims.layers)]
+
+    def _layer(self, layer: int, positions: Tensor, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        dims, seed = self.dims, torch.Generator().manual_seed(int(positions.sum()) + layer)
+        qkv = torch.randn(len(rows), (dims.heads + 2 * dims.kv_heads) * dims.head_dim, generator=seed)
+        qkv = qkv.to(self.arena.dtype)
+        found = self.attention(layer, qkv)
+        shape = (dims.layers, dims.kv_heads, self.block, dims.head_dim)
+        q = qkv.view(len(rows), -1, dims.head_dim)[:, : dims.heads]
+        table = torch.from_numpy(self.table[rows])
+        return found, reference(q, self.arena, table, positions, layer, shape).reshape(len(rows), -1)
+
+
+def walk(bench: Bench) -> list[tuple[Tensor, Tensor]]:
+    """Prompts in chunks, decodes, sequences that come, pause and go, lanes that are outgrown."""
+    a, b, c = bench.new(), bench.new(), bench.new()
+    told = bench.step([(a, 5), (b, 70)])
+    told += bench.step([(a, 1), (b, 1), (c, 150)])
+    for turn in range(4):
+        told += bench.step([(c, 1), (a, 1), (b, 1)] if turn % 2 else [(a, 1), (b, 1), (c, 1)])
+    told += bench.step([(b, 1), (c, 1)])  # a pauses
+    told += bench.step([(a, 1), (c, 1), (b, 30)])
+    d = bench.new()
+    told += bench.step([(d, 63), (a, 1)])
+    for _ in range(4):  # d outgrows its lane
+        told += bench.step([(d, 1), (a, 1), (c, 1)])
+    return told
+
+
+@pytest.mark.parametrize("mirror_bytes", [0, 200_000, MIRRORED])
+@torch.inference_mode()
+def test_matches_reference(mirror_bytes: int) -> None:
+    for found, expected in walk(Bench(torch.float32, mirror_bytes)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (8, 1), (9, 3)])
+@torch.inference_mode()
+def test_groups(heads: tuple[int, int]) -> None:
+    dims = replace(DIMS, heads=heads[0], kv_heads=heads[1], head_dim=8)
+    for found, expected in walk(Bench(torch.float32, MIRRORED, dims)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="the CPU does not multiply bfloat16 natively")
+@torch.inference_mode()
+def test_mirrored_equals_gathered_to_the_bit() -> None:
+    gathered, mirrored = (walk(Bench(torch.bfloat16, size)) for size in (0, MIRRORED))
+    assert all(torch.equal(g, m) for (g, _), (m, _) in zip(gathered, mirrored, strict=True))
+
+
+@torch.inference_mode()
+def test_what_was_in_a_lane_before_never_counts() -> None:
+    """A sequence of NaN leaves its place to another, which sees none of it."""
+    bench = Bench(torch.float32, MIRRORED)
+    sick, well = bench.new(), bench.new()
+    bench.step([(sick, 40)])
+    bench.arena[sick.blocks[0]] = float("nan")
+    bench.step([(sick, 1)])
+    bench.step([(well, 20)])
+    for found, expected in bench.step([(well, 1)]):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_buckets_hold_their_contexts() -> None:
+    for blocks in range(1, 2000):
+        assert blocks <= bucket(blocks) <= max(blocks + 3, blocks * 1.25)
+    assert len({bucket(blocks) for blocks in range(1, 513)}) < 25
