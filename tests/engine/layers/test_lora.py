@@ -1,6 +1,6 @@
 """The torch paths of LoRA against the plain reference, and against each other to the bit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -15,6 +15,7 @@ from engine.models.dims import LORA_MODULES, ModelDims
 from kernels.reference import lora_expand, lora_shrink
 from tests.engine.worker.harness import make_pages, random_weights
 
+Runs = Sequence[tuple[int | None, int]]
 DIMS = ModelDims(layers=2, hidden=72, intermediate=104, heads=6, kv_heads=2, head_dim=20, vocab=50)
 RANKS: tuple[dict[int, int], ...] = (
     {0: 8, 2: 3},
@@ -79,7 +80,7 @@ def place(made: Bench, geometry: Geometry, slot: int, ranks: dict[int, int], fir
     return len(pages.pages)
 
 
-def segmented(made: Bench, runs: Sequence[tuple[int | None, int]]) -> LoraPath:
+def segmented(made: Bench, runs: Runs) -> LoraPath:
     segments, start = [], 0
     for owner, length in runs:
         if owner is not None:
@@ -88,7 +89,7 @@ def segmented(made: Bench, runs: Sequence[tuple[int | None, int]]) -> LoraPath:
     return SegmentedLora(segments)
 
 
-def stacked(made: Bench, runs: Sequence[tuple[int | None, int]], members: Sequence[int] = ADAPTERS) -> LoraPath:
+def stacked(made: Bench, runs: Runs, members: Sequence[int] = ADAPTERS) -> LoraPath:
     stack = merge(DIMS, {member: made.views[member] for member in members})
     return StackedLora(stack, owner_of_tokens([o for o, _ in runs], [n for _, n in runs], stack))
 
@@ -98,14 +99,11 @@ def inputs(site: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
     torch.manual_seed(tokens)
     shapes = [DIMS.module_shape(LORA_MODULES[module]) for module in SITE_MODULES[site]]
     inn, out = shapes[0][0], sum(shape[1] for shape in shapes)
-    return (
-        torch.randn(tokens, inn).to(dtype),
-        (torch.randn(out, inn) * 0.2).to(dtype),
-        torch.randn(tokens, out).to(dtype),
-    )
+    x, weight, addend = torch.randn(tokens, inn), torch.randn(out, inn) * 0.2, torch.randn(tokens, out)
+    return x.to(dtype), weight.to(dtype), addend.to(dtype)
 
 
-def reference(made: Bench, runs: Sequence[tuple[int | None, int]], layer: int, site: int, x: Tensor) -> Tensor:
+def reference(made: Bench, runs: Runs, layer: int, site: int, x: Tensor) -> Tensor:
     """The deltas alone, in float32."""
     slots = torch.cat([torch.full((n,), -1 if o is None else ADAPTERS.index(o)) for o, n in runs])
     parts = []
@@ -122,7 +120,7 @@ def reference(made: Bench, runs: Sequence[tuple[int | None, int]], layer: int, s
 @pytest.mark.parametrize("with_addend", [False, True])
 @torch.inference_mode()
 def test_paths_match_reference(
-    runs: Sequence[tuple[int | None, int]], path: type[LoraPath], site: int, with_addend: bool
+    runs: Runs, path: Callable[[Bench, Runs], LoraPath], site: int, with_addend: bool
 ) -> None:
     made = bench(torch.float32)
     x, weight, addend = inputs(site, sum(n for _, n in runs), torch.float32)
@@ -140,7 +138,7 @@ needs_bfloat16 = pytest.mark.skipif(not cpu_has_bfloat16(), reason="the CPU does
 @pytest.mark.parametrize("site", range(4))
 @pytest.mark.parametrize("with_addend", [False, True])
 @torch.inference_mode()
-def test_paths_agree_to_the_bit(runs: Sequence[tuple[int | None, int]], site: int, with_addend: bool) -> None:
+def test_paths_agree_to_the_bit(runs: Runs, site: int, with_addend: bool) -> None:
     """Segments, a stack of all, a stack in another order; and the base's rows are those of the base alone."""
     made = bench(torch.bfloat16)
     x, weight, addend = inputs(site, sum(n for _, n in runs), torch.bfloat16)

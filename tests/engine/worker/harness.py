@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from engine.adapters.bank import AdapterBank
 from engine.config import EngineConfig
 from engine.geometry import PIECE_ALIGN, PIECE_RANKS, Geometry, piece_bytes
 from engine.models.dims import LORA_MODULES, ModelDims
@@ -162,7 +163,9 @@ class Driver:
 
     def settle(self) -> None:
         """Waits until the background thread has done what it was given."""
-        self.worker._bank._thread.submit(lambda: None).result(30)
+        bank = self.worker._bank
+        assert isinstance(bank, AdapterBank)
+        bank._thread.submit(lambda: None).result(30)
 
     def run(
         self, requests: Sequence[Request], chunk: tuple[int, int] = (1000, 1000), poison: bool = True
