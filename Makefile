@@ -8,7 +8,7 @@ ARGS ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: serve test test-slow check bench openapi clean
+.PHONY: serve test test-slow test-gpu check bench bench-gpu openapi clean
 
 serve: $(VENV)/.run-installed
 	$(VENV)/bin/loramux serve $(ARGS)
@@ -19,6 +19,11 @@ test: $(VENV)/.dev-installed
 test-slow: $(VENV)/.dev-installed
 	$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)
 
+# On a machine with a GPU; figures with card, versions and commit are kept.
+test-gpu: $(VENV)/.dev-installed
+	GPU_FIGURES=benchmarks/results/gpu-tests.json $(VENV)/bin/python -m pytest -m gpu \
+		--junitxml=benchmarks/results/gpu-tests.xml tests/gpu tests/kernels $(ARGS)
+
 check: $(VENV)/.dev-installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
@@ -26,6 +31,9 @@ check: $(VENV)/.dev-installed
 
 bench: $(VENV)/.dev-installed
 	$(VENV)/bin/python -m benchmarks.serving $(ARGS)
+
+bench-gpu: $(VENV)/.dev-installed
+	$(VENV)/bin/python -m benchmarks.gpu $(ARGS)
 
 openapi: $(VENV)/.dev-installed
 	$(VENV)/bin/python openapi/generate.py

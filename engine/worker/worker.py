@@ -242,8 +242,9 @@ def choose_device(config: EngineConfig) -> tuple[torch.device, str]:
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     if config.lora_backend == "triton" and not on_gpu:
         raise StartupError("--lora-backend triton needs a GPU; use torch")
-    backend = "torch" if config.lora_backend == "torch" or not on_gpu else "triton"
-    return torch.device("cuda", 0) if on_gpu else torch.device("cpu"), backend
+    if config.lora_backend == "torch" and on_gpu:
+        raise StartupError("--lora-backend torch is the CPU's; use triton, or --device cpu beside it")
+    return (torch.device("cuda", 0), "triton") if on_gpu else (torch.device("cpu"), "torch")
 
 
 def dtype_of(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
