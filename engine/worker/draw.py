@@ -40,7 +40,8 @@ def _draw(logits: Tensor, params: DrawParams) -> Tensor:
     probs = shifted.div_(params.temperature[:, None]).softmax(-1)
     cumulated = probs.masked_fill(probs < threshold(probs, params)[:, None], 0.0).double().cumsum(-1)
     target = params.uniform[:, None] * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, target, right=True)[:, 0]
+    # a row of NaN, which a broken adapter can make, gets some token too: an index out of range would end the engine
+    return torch.searchsorted(cumulated, target, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
 
 
 def threshold(probs: Tensor, params: DrawParams) -> Tensor:

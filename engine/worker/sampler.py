@@ -59,7 +59,7 @@ class Sampler:
 
     def _choose(self, steps: Sequence[SequenceStep], states: Sequence[RowState], logits: Tensor) -> Tensor:
         tokens = argmax(logits)
-        random = [i for i, state in enumerate(states) if state.params.temperature > 0]
+        random = [i for i, state in enumerate(states) if np.float32(state.params.temperature) > 0]  # 1e-50 is 0
         if random:
             index = torch.tensor(random, device=self._device)
             params = self._draw_params([steps[i] for i in random], [states[i] for i in random])

@@ -124,3 +124,19 @@ def test_noise_is_uniform_and_keyed() -> None:
     assert values.histc(10, 0, 1).sub(2000).abs().max() < 200
     assert len(set(values.tolist())) == 20_000
     assert len({uniform(1, 2, 3), uniform(2, 1, 3), uniform(1, 3, 2), uniform(3, 2, 1), uniform(2**63 - 1, 2, 3)}) == 5
+
+
+@pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(0, 1.0, 0.0), (5, 0.5, 0.1)])
+@pytest.mark.parametrize("vocab", [40, 3 * HEAD])
+def test_rows_without_sense_still_get_a_token(vocab: int, top_k: int, top_p: float, min_p: float) -> None:
+    """NaN and infinite logits, as a broken adapter makes them, or nothing that is allowed: no index is out of range."""
+    logits = torch.randn(6, vocab)
+    logits[0] = float("nan")
+    logits[1, 3] = float("nan")
+    logits[2, 3] = float("inf")
+    logits[3] = float("-inf")
+    logits[4, 1:] = float("-inf")
+    tokens = draw(logits.clone(), params(6, 1.0, top_k, top_p, min_p, [0.999] * 6))
+    assert ((tokens >= 0) & (tokens < vocab)).all()
+    assert tokens[4] == 0
+    assert tokens[5] == draw(logits[5:], params(1, 1.0, top_k, top_p, min_p, [0.999]))[0]

@@ -124,3 +124,11 @@ def test_greedy_and_random_rows_share_a_batch(greedy_first: bool) -> None:
         tokens = bench.sample([0, 1], rising(2) * 0.01, index)
         assert tokens[0 if greedy_first else 1] == VOCAB - 1
         assert tokens[1 if greedy_first else 0] >= VOCAB - 2
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-46, 1e-40, 1e-30])
+def test_temperatures_down_to_nothing_are_greedy(temperature: float) -> None:
+    """Also those that float32 cannot tell from 0."""
+    bench = Bench()
+    bench.admit(0, (1,), temperature=temperature)
+    assert bench.sample([0], rising()) == [VOCAB - 1]
