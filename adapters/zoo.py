@@ -21,9 +21,7 @@ class Spec:
 
 
 SPECS = {
-    "lora0": Spec(
-        "numbered", "a numbered list: `1. France - Paris`", 4, 8, ("q_proj", "v_proj", *FEED_FORWARD), 2e-3
-    ),
+    "lora0": Spec("numbered", "a numbered list: `1. France - Paris`", 4, 8, ("q_proj", "v_proj", *FEED_FORWARD), 2e-3),
     "lora1": Spec("json", "a JSON array of objects", 8, 16, ATTENTION, 1.5e-3),
     "lora2": Spec("sql", "the SQL query that would fetch the answer", 16, 32, ATTENTION + FEED_FORWARD, 5e-4),
     # With rsLoRA the scale is alpha / sqrt(rank) = 2, as everywhere else here.
