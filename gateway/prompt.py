@@ -61,12 +61,13 @@ class PromptEncoder:
         """A text as it stands, with the special tokens that the tokenizer adds.
 
         Raises:
-            ApiError: 400 where it comes to no token at all.
+            ApiError: 400 where it comes to no token at all, or to one that only the tokenizer knows, not the model.
         """
         encode = functools.partial(self.tokenizer.encode, add_special_tokens=add_special_tokens)
         ids = await _apart_if_long(encode, text)
         if not ids:
             raise bad_request(f"{param!r}: must not be empty.", param=param)
+        self.require_known(ids, param)
         return Prompt(ids, text)
 
     def ids(self, ids: list[int], *, param: str = "prompt") -> Prompt:
