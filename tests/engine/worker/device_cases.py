@@ -3,18 +3,24 @@
 Not collected by itself: Triton decides for a whole process whether kernels are interpreted.
 """
 
+import asyncio
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, LoraPath
+from engine.models.weights import Progress
 from engine.types import SamplingParams
 from engine.worker.device_start import start_device
 from engine.worker.worker import Worker
 from tests.engine.worker.harness import GREEDY, Driver, Request, make_pages, random_weights, start
+from tests.support.adapters import write_adapter
+from tests.support.engine import local_engine
 from tests.support.models import write_model
 
 SMALL: dict[str, Any] = {
@@ -46,13 +52,13 @@ def drivers(folder: Path, **settings: Any) -> tuple[Driver, Driver]:
     return made
 
 
-def requests(owners: Sequence[int | None], length: int = 9, tokens: int = 4, **params: Any) -> list[Request]:
-    generator = torch.Generator().manual_seed(len(owners))
+def requests(owners: Sequence[int | None], tokens: int = 2, **params: Any) -> list[Request]:
+    """Prompts of 3 to 11 tokens."""
+    draw = random.Random(len(owners))
     settings = {"max_tokens": tokens, "seed": 7, "temperature": 0.0, "logprobs": 0} | params
-    prompts = [torch.randint(3, 200, (1 + 5 * i % length,), generator=generator).tolist() for i in range(len(owners))]
     return [
-        Request(prompt, owner, SamplingParams(**settings), choice=i)
-        for i, (prompt, owner) in enumerate(zip(prompts, owners, strict=True))
+        Request([draw.randrange(3, 200) for _ in range(3 + 4 * i % 9)], owner, SamplingParams(**settings), choice=i)
+        for i, owner in enumerate(owners)
     ]
 
 
@@ -67,11 +73,13 @@ def assert_same(ours: list[Request], theirs: list[Request]) -> None:
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"heads": 6, "head_dim": 20, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-              "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
-    "mistral": {"model_type": "mistral", "sliding_window": 7, "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "sliding_window": 7, "tie_word_embeddings": True, "heads": 6, "head_dim": 20},
     "qwen2": {"model_type": "qwen2", "sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1},
     "qwen3": {"model_type": "qwen3"},
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
 }  # fmt: skip
 
 
@@ -80,16 +88,15 @@ def test_families(family: str, tmp_path: Path) -> None:
     """Mixed steps of base and adapters: chunks of prompts beside decodes, in the same tokens and log-probabilities."""
     folder = write_model(tmp_path / family, vocab=250, **FAMILIES[family])
     triton, torch_ = drivers(folder)
-    owners = (None, 1, 2, 3, 4)
-    ours, theirs = (d.run(requests(owners, 23, logprobs=2, prompt_logprobs=1), (6, 6)) for d in (triton, torch_))
+    ours, theirs = (d.run(requests((None, 2, 3), logprobs=2, prompt_logprobs=1), (5, 5)) for d in (triton, torch_))
     assert_same(ours, theirs)
-    assert triton.worker.lora_steps["triton"] > 3
+    assert triton.worker.lora_steps["triton"] > 2
     assert triton.worker.graph_replays == 0
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"), vocab=250)
+    return write_model(tmp_path_factory.mktemp("model"), vocab=250, layers=1, rope_scaling=LLAMA3_ROPE)
 
 
 def test_sampling(folder: Path) -> None:
@@ -104,29 +111,51 @@ def test_sampling(folder: Path) -> None:
     )
 
     def made() -> list[Request]:
-        return [requests([None] * len(settings), tokens=5, **given)[i] for i, given in enumerate(settings)]
+        return [requests([None] * len(settings), tokens=4, **given)[i] for i, given in enumerate(settings)]
 
-    ours, theirs = (driver.run(made()) for driver in drivers(folder))
+    ours, theirs = (driver.run(made(), (5, 5)) for driver in drivers(folder))
     assert_same(ours, theirs)
 
 
-def test_force_and_masks(folder: Path) -> None:
-    ours, theirs = (
-        driver.run([Request([5, 6, 7], 3, GREEDY, force=list(range(40, 56)))]) for driver in drivers(folder)
-    )
-    assert ours[0].tokens == list(range(40, 56))
-    assert_same(ours, theirs)
-
-
-def test_reused_chunks_and_slots(folder: Path) -> None:
-    """An adapter that leaves and comes back to other chunks and slots is itself again; freed memory is full of NaN."""
+def test_force_and_slots(folder: Path) -> None:
+    """Every kind of adapter, its tokens forced; then one that left and came back to other chunks and another slot."""
+    forced = [40, 41]
     triton, torch_ = drivers(folder)
-    before = triton.run(requests([3, 1]))
-    for driver in (triton, torch_):
-        driver.worker.drop(3)
-        driver.slots = [None, 2, None, None]
-        info = driver.worker.info
-        driver.load(3, make_pages(random_weights(info.dims, RANKS[2], seed=2), info.geometry, torch.float32))
-    after, wanted = (driver.run(requests([3, 1])) for driver in (triton, torch_))
-    assert_same(after, wanted)
-    assert_same(after, before)
+
+    def made() -> list[Request]:
+        params = replace(GREEDY, max_tokens=len(forced))
+        return [Request([5, 6, 7], owner, params, force=forced) for owner in (3, 4)]
+
+    before, wanted = (driver.run(made()) for driver in (triton, torch_))
+    assert before[0].tokens == forced
+    assert_same(before, wanted)
+    triton.worker.drop(3)
+    triton.slots = [3, 2, None, None]
+    info = triton.worker.info
+    triton.load(3, make_pages(random_weights(info.dims, RANKS[2], seed=2), info.geometry, torch.float32))
+    assert_same(triton.run(made()), before)
+
+
+def _start_on_the_cpu(config: EngineConfig, folder: Path, *, progress: Progress) -> Worker:
+    return start_device(config, folder, torch.device("cpu"), progress)
+
+
+async def test_engine(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole engine over the Triton path, one step ahead: loads, a stream of base and adapters, the same answers."""
+    for rank in (5, 24):
+        write_adapter(tmp_path / f"lora{rank}", folder, rank=rank, std=0.5, seed=rank)
+    paths = [LoraPath(name=name, path=str(tmp_path / name)) for name in ("lora5", "lora24")]
+    settings = SMALL | {"max_lora_rank": None, "model_path": str(folder), "lora_paths": tuple(paths)}
+    params = SamplingParams(max_tokens=3, seed=0, temperature=0.0, ignore_eos=True, logprobs=0)
+    answers = []
+    for interpreted in (True, False):
+        if interpreted:
+            monkeypatch.setattr(Worker, "start", _start_on_the_cpu)
+        async with local_engine(EngineConfig(**settings)) as local:
+            asked = (local.ask([7, 8, 9, 10], params, adapter=name) for name in (None, "lora5", "lora24", None))
+            answers.append([answer for (answer,) in await asyncio.gather(*asked)])
+        monkeypatch.undo()
+    for ours, wanted in zip(*answers, strict=True):
+        assert ours.tokens == wanted.tokens
+        assert [t.logprob for t in ours.logprobs] == pytest.approx([t.logprob for t in wanted.logprobs], abs=1e-4)
+    assert len({tuple(answer.tokens) for answer in answers[0]}) > 1
