@@ -13,6 +13,7 @@ from tests.e2e.conftest import Files
 from tests.e2e.server import Server, client_of, load, serving, unload
 
 API_KEY, ADMIN_KEY = "sk-api-0f5e7c", "sk-admin-91d2ab"
+SAID = "what a user said"
 ADMIN_ROUTES = ("load_lora_adapter", "unload_lora_adapter", "pin_lora_adapter", "unpin_lora_adapter")
 CHANGES = [f"/{route}" for route in ADMIN_ROUTES] + [f"/v1/{route}" for route in ADMIN_ROUTES[:2]]
 COMPLETION = {"model": "llama", "prompt": "hello", "max_tokens": 1}
@@ -83,9 +84,13 @@ async def test_no_secret_reaches_a_log_or_another_process(keyed: Server, keyless
     """Runs last in this file: after good and bad keys, with everything logged."""
     for path in ("/v1/models?api_key=" + API_KEY, "/load_lora_adapter?key=" + ADMIN_KEY):
         await keyless.post(path, json={"api_key": API_KEY}, headers=bearer(ADMIN_KEY))
+    told = COMPLETION | {"prompt": SAID, "echo": True}
+    for stream in (False, True):
+        answer = await keyless.post("/v1/completions", json=told | {"stream": stream}, headers=bearer(API_KEY))
+        assert SAID in answer.text
     log = keyed.text()
     assert "POST" in log
-    for secret in (API_KEY, ADMIN_KEY, ADMIN_KEY[:-1]):
+    for secret in (API_KEY, ADMIN_KEY, ADMIN_KEY[:-1], SAID):
         assert secret not in log
         assert secret not in (await keyless.get("/metrics")).text
         assert not any(secret in value for value in keyed.engine.environ().values())

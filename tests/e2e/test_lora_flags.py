@@ -20,7 +20,8 @@ async def test_more_adapters_than_may_be_loaded(files: Files, tmp_path: Path) ->
     """All are listed; the least recently used goes, and comes back from its source when it is named."""
     folders = [write_adapter(tmp_path / f"a{i}", files.model, rank=4 + i, seed=50 + i) for i in range(4)]
     paths = [f"a{i}={folder}" for i, folder in enumerate(folders)]
-    flags = ("--max-loras-per-batch", "2", "--max-loaded-loras", "2", "--lora-paths", *paths)
+    limits = ("--max-loras-per-batch", "2", "--max-loaded-loras", "2", "--max-lora-rank", "16")
+    flags = (*limits, "--lora-paths", *paths)
     with serving(tmp_path / "log", *files.flags, *flags) as server:
         async with client_of(server) as client:
             models = names_of((await client.get("/v1/models")).json()["data"])
@@ -35,6 +36,7 @@ async def test_more_adapters_than_may_be_loaded(files: Files, tmp_path: Path) ->
             everyone = await generate(client, ["hello"] * 4, [f"a{i}" for i in range(4)])
             assert everyone == texts
             await gone_from_its_source(client, folders)
+            await changed_at_its_source(client, files, folders, texts)
 
 
 def sum_of_host_evictions(samples: dict[Any, float]) -> float:
@@ -66,6 +68,29 @@ async def gone_from_its_source(client: httpx.AsyncClient, folders: list[Path]) -
     assert await generate(client, "hello", None)
     folder.with_name("hidden").rename(folder)
     assert (await client.post("/v1/completions", json=body)).status_code == 200
+
+
+async def changed_at_its_source(client: httpx.AsyncClient, files: Files, folders: list[Path], texts: list[str]) -> None:
+    """Other content under the same path is another adapter, of another rank too; never the old one's prefix blocks."""
+    away = next(name for name, here in (await tiers(client)).items() if not here)
+    number = int(away[1:])
+    write_adapter(folders[number], files.model, rank=16, seed=99)
+    changed = await generate(client, "hello", away)
+    assert changed not in texts
+    assert await generate(client, "hello", away) == changed
+    others = [i for i in range(4) if i != number]
+    assert [await generate(client, "hello", f"a{i}") for i in others] == [texts[i] for i in others]
+    assert (await tiers(client))[away] is False
+    await refused_when_it_is_broken(client, folders[number], away)
+    write_adapter(folders[number], files.model, rank=16, seed=99)
+    assert await generate(client, "hello", away) == changed
+
+
+async def refused_when_it_is_broken(client: httpx.AsyncClient, folder: Path, name: str) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    response = await client.post("/v1/completions", json={"model": f"llama:{name}", "prompt": "hello"})
+    assert response.status_code == 503
+    assert "peft_type" in response.json()["error"]["message"]
 
 
 async def test_without_enable_lora_a_load_says_how(files: Files, tmp_path: Path) -> None:
