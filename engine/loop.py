@@ -8,6 +8,8 @@ import collections
 from collections.abc import Coroutine
 from typing import Any, assert_never
 
+import msgspec
+
 from engine.adapters.loader import AdapterLoader
 from engine.link import EngineLink
 from engine.messages import (
@@ -21,6 +23,7 @@ from engine.messages import (
     RequestFailed,
     SequenceOutput,
     Shutdown,
+    Stats,
     StepOutputs,
     Submit,
     UnloadAdapter,
@@ -88,7 +91,7 @@ class EngineLoop:
             case PinAdapter(call_id=call_id, name=name, pinned=pinned):
                 self._answer(call_id, self._loader.pin(name, pinned))
             case GetStats(call_id=call_id):
-                self._link.post(CallResult(call_id=call_id, stats=self._scheduler.stats()))
+                self._link.post(CallResult(call_id=call_id, stats=self._stats()))
             case Shutdown():
                 raise AssertionError("the receiving loop ends on it")
             case _:
@@ -167,11 +170,15 @@ class EngineLoop:
     async def _beat(self) -> None:
         lines = StepLog(self._time())
         while True:
-            stats = self._scheduler.stats()
+            stats = self._stats()
             lines.observe(stats, self._time())
             self._link.post(Heartbeat(stats=stats, hung=self._hung()))
             await self._link.flush()
             await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    def _stats(self) -> Stats:
+        stats = self._scheduler.stats(self._time())
+        return msgspec.structs.replace(stats, counters=stats.counters | {"graph_replays": self._pipeline.graph_replays})
 
     def _hung(self) -> bool:
         """Whether the device is late; a step that is done waits for the gateway to read."""

@@ -5,7 +5,7 @@ The gateway sends a `Command`, the engine sends an `Event`; both sides match on 
 
 import msgspec
 
-from engine.types import AdapterInfo, ErrorCode, FinishReason, ModelInfo, SamplingParams, TokenLogprob
+from engine.types import AdapterInfo, AdapterState, ErrorCode, FinishReason, ModelInfo, SamplingParams, TokenLogprob
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -103,6 +103,8 @@ class AdapterStats(msgspec.Struct, frozen=True, kw_only=True):
     generated_tokens: int = 0
     waiting: int = 0
     running: int = 0
+    state: AdapterState = AdapterState.COLD
+    last_used: float = 0.0  # unix seconds, 0 if never
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,6 +113,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     step: int = 0
     running: int = 0
     waiting: int = 0
+    queue_age: float = 0.0  # seconds since the arrival of the oldest request of which nothing was planned yet
     slots_total: int = 0
     slots_used: int = 0
     slots_pinned: int = 0
@@ -123,6 +126,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     adapters: list[AdapterStats] = []
     step_seconds: list[float] = []  # observed since the last Stats that was sent
     step_tokens: list[int] = []  # likewise
+    step_sequences: list[int] = []  # likewise
     queue_seconds: list[float] = []  # waiting until first planned, likewise
     load_seconds: list[tuple[str, float]] = []  # (stage, seconds), likewise
 

@@ -21,6 +21,9 @@ class Pending(Protocol):
 class StepWorker(Protocol):
     """The part of rank 0's worker that runs steps; both calls come from the launch thread."""
 
+    @property
+    def graph_replays(self) -> int: ...
+
     def forward(self, plan: StepPlan) -> None: ...
 
     def sample(self, plan: StepPlan) -> Pending: ...
@@ -42,6 +45,11 @@ class Pipeline:
         self._worker = worker
         self._launcher = ThreadPoolExecutor(1, thread_name_prefix="step")
         self._collector = ThreadPoolExecutor(1, thread_name_prefix="collect")
+
+    @property
+    def graph_replays(self) -> int:
+        """Steps whose layers ran as a captured graph."""
+        return self._worker.graph_replays
 
     def launch(self, plan: StepPlan) -> Flight:
         """Starts a step behind those already launched. A plan without sequences is done at once."""

@@ -159,6 +159,7 @@ class Planner:
         return Verdict.NO_SLOT if adapter.adapter_id == draft.reserved else Verdict.ADMITTED
 
     def _judge_absent(self, draft: Draft, sequence: Sequence, adapter: Adapter) -> Verdict:
+        adapter.awaited = True
         if adapter.adapter_id in draft.starved:
             draft.passed.append(sequence)
             if sequence.overtaken >= self._limits.patience:
@@ -204,6 +205,8 @@ class Planner:
     def _begin(self, draft: Draft, sequence: Sequence, now: float) -> None:
         """The admitted sequence's first row."""
         self._note_admission(sequence, now)
+        if sequence.adapter is not None:
+            self._note_adapter(sequence.adapter)
         draft.admissions.append(
             Admission(
                 row=sequence.row,
@@ -228,6 +231,11 @@ class Planner:
         if not request.prompt_done:
             request.cached_tokens = sequence.planned
             self._recorder.queued(now - request.submitted)
+
+    def _note_adapter(self, adapter: Adapter) -> None:
+        """A copy of an adapter was a hit where it was done before its sequence's turn came."""
+        self._count["prefetch_hits"] += adapter.fresh and not adapter.awaited and not adapter.pinned
+        adapter.fresh = adapter.awaited = False
 
     # The plan
 

@@ -40,6 +40,11 @@ class Roster:
         """Sequences accepted and without a state row."""
         return sum(len(request.choices) for request in self.requests.values()) - len(self.running)
 
+    def oldest_wait(self, now: float) -> float:
+        """Seconds since the arrival of the oldest request of which nothing was planned yet; 0 without one."""
+        arrivals = (request.submitted for request in self.requests.values() if not request.started)
+        return max(now - min(arrivals, default=now), 0.0)
+
     def sequences(self, adapter: Adapter | None) -> list[Sequence]:
         """All that have not ended."""
         return [s for request in self.requests.values() if request.adapter is adapter for s in request.choices]

@@ -187,7 +187,7 @@ class Scheduler:
         flight = self._flights.popleft()
         self._arena.commit(result.step)
         if flight.plan.sequences:
-            self.counters.step(result.seconds, flight.plan.tokens)
+            self.counters.step(result.seconds, flight.plan.tokens, len(flight.plan.sequences))
         return self._committer.commit(flight, result)
 
     def take_fetches(self) -> list[int]:
@@ -200,8 +200,8 @@ class Scheduler:
         self.counters.add("failed", len(failed))
         return [RequestFailed(request_id=i, code=ErrorCode.INTERNAL, message=reason) for i in failed]
 
-    def stats(self) -> Stats:
-        """Gauges, totals, and what was observed since the last call."""
+    def stats(self, now: float | None = None) -> Stats:
+        """Gauges, totals, and what was observed since the last call. Without `now` nothing is said of ages."""
         adapters = list(self.adapters.catalog)
         counters, chunk_bytes = self.counters, self.config.chunk_bytes
         evictions = {**self._residency.evictions, "prefix/memory": self._memory.prefix_evictions}
@@ -211,6 +211,7 @@ class Scheduler:
                 step=self._arena.committed,
                 running=len(self._roster.running),
                 waiting=self._roster.waiting,
+                queue_age=0.0 if now is None else self._roster.oldest_wait(now),
                 slots_total=self.config.max_slots,
                 slots_used=self._slots.used,
                 slots_pinned=sum(a.pinned and a.adapter_id in self._slots.table for a in adapters),
@@ -221,7 +222,7 @@ class Scheduler:
                 },
                 chunks=chunks,
                 evictions=evictions,
-                adapters=adapter_stats(adapters, self._roster.base),
+                adapters=adapter_stats(adapters, self._roster.base, self.config.unix_offset),
             )
         )
 

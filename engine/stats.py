@@ -7,6 +7,7 @@ import msgspec
 
 from engine.adapters.catalog import Adapter, Tally
 from engine.messages import AdapterStats, Stats
+from engine.types import AdapterState
 
 
 class Recorder:
@@ -17,6 +18,7 @@ class Recorder:
         self.loads: Counter[str] = Counter()  # "stage/outcome"
         self._step_seconds: list[float] = []
         self._step_tokens: list[int] = []
+        self._step_sequences: list[int] = []
         self._queue_seconds: list[float] = []
         self._load_seconds: list[tuple[str, float]] = []
 
@@ -24,9 +26,10 @@ class Recorder:
         """Names carry no prefix and no `_total`."""
         self.counters[name] += count
 
-    def step(self, seconds: float, tokens: int) -> None:
+    def step(self, seconds: float, tokens: int, sequences: int) -> None:
         self._step_seconds.append(seconds)
         self._step_tokens.append(tokens)
+        self._step_sequences.append(sequences)
 
     def queued(self, seconds: float) -> None:
         self._queue_seconds.append(max(seconds, 0.0))
@@ -45,18 +48,31 @@ class Recorder:
             loads=dict(self.loads),
             step_seconds=self._step_seconds,
             step_tokens=self._step_tokens,
+            step_sequences=self._step_sequences,
             queue_seconds=self._queue_seconds,
             load_seconds=self._load_seconds,
         )
-        self._step_seconds, self._step_tokens, self._queue_seconds, self._load_seconds = [], [], [], []
+        self._step_seconds, self._step_tokens, self._step_sequences = [], [], []
+        self._queue_seconds, self._load_seconds = [], []
         return told
 
 
-def adapter_stats(adapters: Iterable[Adapter], base: Tally) -> list[AdapterStats]:
-    """The base under the name '', then every adapter."""
-    told = [_stats("", base, tier="arena", pinned=True, rank=0)]
-    told += [_stats(a.name, a.tally, tier=_tier(a), pinned=a.pinned, rank=a.rank) for a in adapters]
-    return told
+def adapter_stats(adapters: Iterable[Adapter], base: Tally, unix_offset: float = 0.0) -> list[AdapterStats]:
+    """The base under the name '', then every adapter. `unix_offset` turns the clock of `now` into unix seconds."""
+    told = [_stats("", base, tier="arena", pinned=True, rank=0, state=AdapterState.RESIDENT, last_used=0.0)]
+    return told + [_adapter(adapter, unix_offset) for adapter in adapters]
+
+
+def _adapter(adapter: Adapter, unix_offset: float) -> AdapterStats:
+    return _stats(
+        adapter.name,
+        adapter.tally,
+        tier=_tier(adapter),
+        pinned=adapter.pinned,
+        rank=adapter.rank,
+        state=adapter.state,
+        last_used=adapter.used_at + unix_offset if adapter.used_at is not None else 0.0,
+    )
 
 
 def _tier(adapter: Adapter) -> str:
@@ -65,7 +81,9 @@ def _tier(adapter: Adapter) -> str:
     return "host" if adapter.on_host else "none"
 
 
-def _stats(name: str, tally: Tally, *, tier: str, pinned: bool, rank: int) -> AdapterStats:
+def _stats(
+    name: str, tally: Tally, *, tier: str, pinned: bool, rank: int, state: AdapterState, last_used: float
+) -> AdapterStats:
     return AdapterStats(
         name=name,
         tier=tier,
@@ -76,4 +94,6 @@ def _stats(name: str, tally: Tally, *, tier: str, pinned: bool, rank: int) -> Ad
         generated_tokens=tally.generated_tokens,
         waiting=tally.waiting,
         running=tally.running,
+        state=state,
+        last_used=last_used,
     )

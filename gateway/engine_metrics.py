@@ -13,6 +13,7 @@ from engine.types import ModelInfo
 
 Key = tuple[str, tuple[str, ...]]  # metric, label values
 
+SKIPS = "skips_"  # before the reason in the engine's names
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 ADAPTER_COUNTERS = {
     "adapter_requests": "Sequences accepted.",
@@ -21,23 +22,42 @@ ADAPTER_COUNTERS = {
 }
 LABELLED = {
     "evictions": ("Adapters and prefix blocks evicted.", ("tier", "reason")),
+    "skips": ("Waiting sequences that a step passed over, each counted in each step.", ("reason",)),
     "adapter_loads": ("Stages of adapter loads that ended.", ("stage", "outcome")),
 }
+LOAD_STAGES = ("source", "host", "device")
 COUNTER_HELP = {
     "aborted": "Sequences ended by their client.",
     "adapter_hits": "Sequences whose adapter was resident when they came.",
     "adapter_misses": "Sequences whose adapter had to be loaded first.",
-    "drains": "Adapters that were unloaded while requests were open.",
+    "discarded_rows": "Rows computed for sequences that had ended a step before.",
+    "drains": "Adapters unloaded and freed on every tier.",
     "failed": "Requests that ended without a result.",
+    "finished_length": "Sequences that reached their limit.",
+    "finished_stop": "Sequences that ended by an end token.",
+    "graph_replays": "Steps that ran as a captured graph.",
     "mixed_adapter_steps": "Steps that served more than one of base and adapters.",
     "mixed_steps": "Steps with prefill and decode together.",
     "preemptions": "Sequences whose memory was taken for others.",
+    "prefetch_hits": "Adapters that were in the arena before the turn of a sequence that had come without them.",
     "prefix_hit_tokens": "Prompt tokens found in the prefix cache.",
     "prefix_query_tokens": "Prompt tokens looked up in the prefix cache.",
     "prompt_chunks": "Parts of prompts that did not fit a step whole.",
+    "resumptions": "Preempted sequences that run again.",
+    "slot_reservations": "Slots left to drain for the adapter that waits longest.",
     "steps": "Steps of the engine.",
     "steps_planned_ahead": "Steps planned while the one before still ran.",
 }
+# Told as 0 before the engine has counted any, so that rates see the first one.
+NOTHING_YET: dict[str, tuple[tuple[str, ...], ...]] = {
+    **dict.fromkeys(COUNTER_HELP, ((),)),
+    "evictions": (
+        ("arena", "memory"), ("arena", "host"), ("arena", "unload"), ("arena", "failed"),
+        ("host", "capacity"), ("prefix", "memory"),
+    ),
+    "skips": (("not_resident",), ("no_slot",)),
+    "adapter_loads": tuple((stage, outcome) for stage in LOAD_STAGES for outcome in ("ok", "failed")),
+}  # fmt: skip
 
 
 class Totals:
@@ -67,9 +87,11 @@ class Totals:
 
     def snapshot(self) -> dict[str, list[tuple[tuple[str, ...], int]]]:
         """Label values and totals by metric; safe beside writers."""
+        totals = {(metric, labels): 0 for metric, known in NOTHING_YET.items() for labels in known}
+        totals |= {key: value + self._before.get(key, 0) for key, value in list(self._now.items())}
         by_metric: dict[str, list[tuple[tuple[str, ...], int]]] = defaultdict(list)
-        for (metric, labels), value in list(self._now.items()):
-            by_metric[metric].append((labels, value + self._before.get((metric, labels), 0)))
+        for (metric, labels), value in totals.items():
+            by_metric[metric].append((labels, value))
         return by_metric
 
 
@@ -93,7 +115,9 @@ class EngineCollector(Collector):
         self._forget_gone(stats)
         self._stats = stats
         for name, value in stats.counters.items():
-            if NAME.fullmatch(name):
+            if name.startswith(SKIPS):
+                self._totals.tell(("skips", (name.removeprefix(SKIPS),)), value)
+            elif NAME.fullmatch(name):
                 self._totals.tell((name, ()), value)
         self._tell_pairs("evictions", stats.evictions)
         self._tell_pairs("adapter_loads", stats.loads)
@@ -125,6 +149,7 @@ class EngineCollector(Collector):
     def _gauges(self, stats: Stats) -> Iterator[Metric]:
         yield _gauge("requests_running", "Sequences in the running batch.", stats.running)
         yield _gauge("requests_waiting", "Sequences that wait to be admitted.", stats.waiting)
+        yield _gauge("queue_age_seconds", "Since the oldest request came that still waits to start.", stats.queue_age)
         yield _gauge("slots", "Adapters that one step can serve.", stats.slots_total)
         yield _gauge("slots_used", "Slots that hold an adapter.", stats.slots_used)
         yield _gauge("slots_pinned", "Slots that hold a pinned adapter.", stats.slots_pinned)

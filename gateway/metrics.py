@@ -19,7 +19,7 @@ from prometheus_client.exposition import choose_encoder
 
 from engine.messages import Stats
 from engine.types import ModelInfo
-from gateway.engine_metrics import EngineCollector
+from gateway.engine_metrics import LOAD_STAGES, EngineCollector
 
 FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 INTER_TOKEN = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
@@ -124,6 +124,8 @@ class Metrics:
             self._step_seconds.observe(seconds)
         for tokens in stats.step_tokens:
             self._step_tokens.observe(tokens)
+        for sequences in stats.step_sequences:
+            self._step_sequences.observe(sequences)
         for seconds in stats.queue_seconds:
             self._queue_seconds.observe(seconds)
         for stage, seconds in stats.load_seconds:
@@ -171,8 +173,11 @@ class Metrics:
         self._restarts = self._counter("engine_losses", "Engines that died or hung.")
         self._step_seconds = self._histogram("step_seconds", "One engine step.", STEP)
         self._step_tokens = self._histogram("step_tokens", "Tokens computed in one step.", LENGTH)
+        self._step_sequences = self._histogram("step_sequences", "Sequences in one step.", LENGTH)
         self._queue_seconds = self._histogram("queue_seconds", "From arrival until first planned.", QUEUE)
         self._load_seconds = self._histogram("adapter_load_seconds", "One stage of an adapter's load.", LOAD, "stage")
+        for stage in LOAD_STAGES:
+            self._load_seconds.labels(stage)
         build = Info("loramux_build", "The server's version.", registry=self._registry)
         build.info({"version": importlib.metadata.version("loramux")})
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.adapters import AdapterList
 from gateway.models import ModelCard, ModelList
 from gateway.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
 from gateway.protocol.completions import Completion, CompletionRequest
@@ -121,6 +122,14 @@ OPERATIONS = (
         tag="SGLang",
         summary="Tells what is served, and its limits",
         answer=ModelFacts,
+    ),
+    Operation(
+        method="get",
+        path="/v1/lora_adapters",
+        id="listLoraAdapters",
+        tag="Adapters",
+        summary="Lists the adapters with their state, tier and traffic",
+        answer=AdapterList,
     ),
     _admin(
         "/load_lora_adapter", "loadLoraAdapter", "Loads an adapter, which then serves by its name", LoadAdapterRequest

@@ -68,7 +68,7 @@ class Residency:
         assert adapter.on_host
         assert not adapter.chunks
         adapter.chunks = self._arena.take(adapter.pages, ChunkUse.ADAPTER)
-        adapter.copying = True
+        adapter.copying = adapter.fresh = True
         adapter.last_step = 0
         self._resident[adapter.adapter_id] = adapter
         return AdapterLoad(adapter.adapter_id, tuple(adapter.chunks))
@@ -109,7 +109,7 @@ class Residency:
         for chunk in adapter.chunks:
             self._arena.note(chunk, adapter.last_step)
         self._arena.release(adapter.chunks)
-        adapter.chunks, adapter.copying = [], False
+        adapter.chunks, adapter.copying, adapter.awaited = [], False, False
         self.evictions[f"arena/{reason}"] += 1
         self._evicted.append(adapter.adapter_id)
 

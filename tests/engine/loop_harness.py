@@ -40,6 +40,8 @@ def params(max_tokens: int = 4) -> SamplingParams:
 class FakeWorker:
     """Samples 7 for everyone. A test holds steps and copies, or makes them fail."""
 
+    graph_replays = 0
+
     def __init__(self) -> None:
         self.plans: list[StepPlan] = []
         self.planned = asyncio.Event()  # a plan arrived since it was cleared

@@ -548,3 +548,40 @@ def test_stats_tell_of_every_chunk_and_observation_once() -> None:
     again = driver.scheduler.stats()
     assert (again.step_tokens, again.queue_seconds, again.load_seconds) == ([], [], [])
     assert again.counters == stats.counters
+
+
+def test_a_copy_done_before_its_sequences_turn_is_a_prefetch_hit() -> None:
+    driver = Driver(small_config(max_running=1))
+    driver.add("a")
+    base = driver.submit([1, 2], max_tokens=5, ignore_eos=True)
+    driver.step()
+    driver.submit([1, 2], "a")
+    driver.run_until(lambda: bool(driver.requests[base].finish))
+    finish(driver)
+    assert (driver.counter("adapter_misses"), driver.counter("skips_not_resident")) == (1, 0)
+    assert driver.counter("prefetch_hits") == 1
+
+
+def test_a_copy_that_a_sequence_waited_for_is_no_prefetch_hit() -> None:
+    driver = Driver(small_config())
+    driver.add("a")
+    driver.submit([1, 2], "a")
+    finish(driver)
+    driver.submit([1, 2], "a")
+    finish(driver)
+    assert (driver.counter("adapter_misses"), driver.counter("adapter_hits")) == (1, 1)
+    assert driver.counter("prefetch_hits") == 0
+
+
+def test_the_queues_age_is_that_of_the_oldest_request_not_yet_started() -> None:
+    driver = Driver(small_config(max_running=1))
+    driver.submit([1, 2], max_tokens=5, ignore_eos=True)
+    driver.step()
+    scheduler = driver.scheduler
+    assert scheduler.stats(1000.0).queue_age == 0
+    driver.submit([1, 2])
+    late = scheduler.stats(1000.0).queue_age
+    assert late > 0
+    assert scheduler.stats(1001.0).queue_age == late + 1
+    finish(driver)
+    assert scheduler.stats(1002.0).queue_age == 0

@@ -194,3 +194,17 @@ def test_names_keep_prometheus_conventions(metrics: Metrics) -> None:
         for sample in family.samples:
             assert sample.name.endswith("_total") == (family.type == "counter")
             assert not sample.name.endswith("_created")
+
+
+def test_counters_begin_at_zero(metrics: Metrics) -> None:
+    told = samples(metrics)
+    assert told["loramux_prefetch_hits_total"] == told["loramux_graph_replays_total"] == 0
+
+
+def test_the_queues_age_the_steps_sizes_and_skips_by_reason(metrics: Metrics) -> None:
+    metrics.update(Stats(queue_age=2.5, step_sequences=[3, 4], counters={"skips_no_slot": 2, "skips_not_resident": 5}))
+    told = samples(metrics)
+    assert told["loramux_queue_age_seconds"] == 2.5
+    assert (told["loramux_step_sequences_count"], told["loramux_step_sequences_sum"]) == (2, 7)
+    assert told['loramux_skips_total{reason="no_slot"}'] == 2
+    assert told['loramux_skips_total{reason="not_resident"}'] == 5
