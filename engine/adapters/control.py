@@ -173,12 +173,15 @@ class AdapterControl:
     # Pins
 
     def pin(self, name: str) -> AdapterInfo:
-        """It gets chunks as soon as possible and keeps them. Raises EngineError: too many pins, or too large ones."""
+        """It gets chunks as soon as possible and keeps them; a load that failed is tried again.
+
+        Raises EngineError: too many pins, or too large ones.
+        """
         adapter = self.catalog.named(name)
         if adapter.draining:
             raise EngineError(ErrorCode.ADAPTER_NOT_FOUND, f"adapter '{name}' is being unloaded")
         self._residency.check_pin(adapter, self.catalog)
-        adapter.pinned = True
+        adapter.pinned, adapter.error = True, None
         return self._info(adapter)
 
     def unpin(self, name: str) -> AdapterInfo:

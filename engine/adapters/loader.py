@@ -123,6 +123,8 @@ class AdapterLoader:
         self._wake.set()
         if pinned:
             await self._resident(info.adapter_id)
+        else:  # it may not come to the arena now, so nobody waits for that
+            self._arrived(info.adapter_id, EngineError(ErrorCode.ADAPTER_UNAVAILABLE, f"'{name}' was unpinned"))
         return self._control.info(name)
 
     # What plans want

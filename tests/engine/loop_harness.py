@@ -184,8 +184,9 @@ class Harness:
                 await asyncio.sleep(0.001)
 
     async def told(self) -> None:
-        """Until everything posted so far was read by the other end: calls are answered in order."""
-        await self.client.stats()
+        """Until what was asked so far has begun, and what the engine said of it was read."""
+        for _ in range(3):
+            await self.client.stats()
 
     def sequences_planned(self) -> int:
         return sum(len(plan.sequences) for plan in self.worker.plans)
