@@ -19,13 +19,14 @@ from engine.loop import HUNG_SECONDS, EngineLoop
 from engine.messages import Ready
 from engine.models.dims import LORA_MODULES
 from engine.models.generation import generation_defaults
+from engine.models.registry import load_config
 from engine.models.source import resolve_model
 from engine.models.tokenizer import tokenizer_folder
 from engine.pipeline import Pipeline
 from engine.progress import show_progress
 from engine.scheduler import Scheduler, scheduler_config
 from engine.types import AdapterInfo, EngineError, ModelInfo
-from engine.worker.memory import DEFAULT_LORA_RANK, largest_adapter_chunks
+from engine.worker.memory import DEFAULT_LORA_RANK, StartupError, largest_adapter_chunks
 from engine.worker.worker import DTYPES, Worker, WorkerInfo
 
 HUNG_STEPS = 20  # times the largest step seen at start
@@ -61,6 +62,7 @@ async def build(config: EngineConfig, link: EngineLink) -> Engine:
     """
     folder = await asyncio.to_thread(resolve_model, config.model_path, config.revision)
     config = await asyncio.to_thread(with_limits, config)
+    await asyncio.to_thread(refuse_longer_context, config, folder)
     worker = await asyncio.to_thread(Worker.start, config, folder, progress=show_progress())
     engine = _assemble(config, worker, link)
     try:
@@ -91,6 +93,13 @@ def with_limits(config: EngineConfig) -> EngineConfig:
         max_lora_rank=DEFAULT_LORA_RANK if rank is None else rank,
         lora_target_modules=LORA_MODULES if modules is None else modules,
     )
+
+
+def refuse_longer_context(config: EngineConfig, folder: Path) -> None:
+    """Raises StartupError where --context-length is more than the model's positions; it is not cut in silence."""
+    longest = load_config(folder).max_position
+    if config.context_length is not None and config.context_length > longest:
+        raise StartupError(f"--context-length {config.context_length}: the model has {longest} positions")
 
 
 def _inferred(paths: Iterable[LoraPath]) -> tuple[int, tuple[str, ...]]:

@@ -24,6 +24,7 @@ from engine.types import EngineError, ErrorCode
 _STREAM_LIMIT = 2**22  # bytes that asyncio buffers before it stops reading the socket
 _GATEWAY_SECONDS = 60  # the gateway starts this process and connects at once
 _PR_SET_PDEATHSIG = 1
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 log = logging.getLogger("loramux.engine")
 
 
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="an EngineConfig as JSON")
     args = parser.parse_args()
     config = msgspec.json.decode(args.config, type=EngineConfig)
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT, datefmt="%H:%M:%S")  # as the gateway's lines
     _die_with(args.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the gateway decides
     sys.exit(uvloop.run(serve(config, args.socket)))

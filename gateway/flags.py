@@ -12,7 +12,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; the usage of this many flags would bury it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n(`{self.prog} --help` explains every flag)\n")
+        self.exit(2, f"{self.prog}: error: {message}\n(`loramux serve --help` explains every flag)\n")
 
 
 class HelpFormatter(argparse.HelpFormatter):

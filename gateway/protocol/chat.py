@@ -21,8 +21,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "reasoning_effort": (),
+    "reasoning_effort": ("none",),
     "verbosity": ("medium",),
+    "moderation": (),
 }
 
 
@@ -38,6 +39,7 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None  # says nothing without tools
+    prompt_cache_options: dict[str, Any] | None = None  # ignored
 
     tools: list[dict[str, Any]] | None = None  # this and the following: accepted at values that change nothing
     tool_choice: str | dict[str, Any] | None = None
@@ -50,12 +52,13 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     web_search_options: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
+    moderation: dict[str, Any] | None = None
 
     def check(self) -> None:
         """What the types cannot say. Raises ApiError (400)."""
         super().check()
         require_neutral(self, NEUTRAL)
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise bad_request("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
         if self.add_generation_prompt and self.continue_final_message:
             reason = "'continue_final_message' excludes 'add_generation_prompt'."

@@ -12,6 +12,7 @@ from gateway.call import Call
 from gateway.chat import chat_call
 from gateway.completions import completion_call
 from gateway.disconnect import read_body, unless_gone
+from gateway.errors import model_not_found
 from gateway.protocol.chat import ChatRequest
 from gateway.protocol.completions import CompletionRequest
 from gateway.protocol.fields import SamplingFields
@@ -48,6 +49,8 @@ async def get_model(request: Request) -> Response:
     """Reads the name from the path itself: the route's own match drops a newline at the end."""
     path: str = request.scope["path"]
     name = path.removeprefix(request.scope.get("root_path", "")).removeprefix(MODELS)
+    if not name:
+        raise model_not_found(name)  # where a body would be told that the field is required
     return _json(gateway_of(request).registry.card(name))
 
 

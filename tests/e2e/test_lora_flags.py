@@ -170,6 +170,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no such adapter": ({"lora_paths": "nowhere"}, r"--lora-paths nowhere=.*no such folder"),
     "no such model": ({"model_path": "/nowhere/at/all"}, r"/nowhere/at/all.*no such folder"),
     "no model": ({"model_path": "rank4"}, r"rank4.*no config\.json"),
+    "more context than the model has": ({"context_length": 10**6}, r"--context-length 1000000: the model has \d+ pos"),
     "triton without a GPU": ({"lora_backend": "triton", "device": "cpu"}, r"triton needs a GPU.*torch"),
 }
 

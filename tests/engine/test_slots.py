@@ -55,13 +55,6 @@ def test_clear_empties_the_slot() -> None:
     assert slots.used == 0
 
 
-def test_the_adapter_with_the_fewest_sequences_drains_soonest() -> None:
-    slots = Slots(3)
-    for adapter in (1, 1, 2, 3, 3):
-        slots.acquire(adapter)
-    assert slots.drains_soonest() == 2
-
-
 @pytest.mark.parametrize("seed", range(10))
 def test_random_histories(seed: int) -> None:
     rng = random.Random(seed)

@@ -284,7 +284,7 @@ async def test_models(client: httpx.AsyncClient) -> None:
         assert (await client.get(f"/v1/models/{model['id']}")).json() == model
 
 
-@pytest.mark.parametrize("name", ["llama:sql%0A", "llama%0A", "llama:none", "LLAMA", "llama%20", "a%0Ab", "llama/"])
+@pytest.mark.parametrize("name", ["llama:sql%0A", "llama%0A", "llama:none", "LLAMA", "llama%20", "a%0Ab", "llama/", ""])
 async def test_models_that_are_not_there(client: httpx.AsyncClient, name: str) -> None:
     assert (await client.get(f"/v1/models/{name}")).status_code == 404
 

@@ -1,9 +1,11 @@
 """Every field of both routes: wrong types name it, null is its default, what is not supported says so."""
 
 import json
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
+import openai.types.chat.completion_create_params
+import openai.types.completion_create_params
 import pytest
 
 from gateway.errors import ApiError
@@ -86,6 +88,8 @@ WRONG: dict[type[SamplingFields], dict[str, list[Any]]] = {
         "web_search_options": OBJECT,
         "reasoning_effort": TEXT,
         "verbosity": TEXT,
+        "moderation": OBJECT,
+        "prompt_cache_options": OBJECT,
     },
 }
 CASES = [(kind, name, value) for kind, fields in WRONG.items() for name, values in fields.items() for value in values]
@@ -109,6 +113,17 @@ def refusal(kind: type[SamplingFields], **fields: Any) -> ApiError:
 @pytest.mark.parametrize("kind", WRONG)
 def test_the_table_of_wrong_values_has_every_field(kind: type[SamplingFields]) -> None:
     assert set(WRONG[kind]) == {field.name for field in msgspec.structs.fields(kind)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs"),
+    [
+        (CompletionRequest, openai.types.completion_create_params.CompletionCreateParamsStreaming),
+        (ChatRequest, openai.types.chat.completion_create_params.CompletionCreateParamsStreaming),
+    ],
+)
+def test_every_field_of_openais_own_types_is_known(kind: type[SamplingFields], theirs: type) -> None:
+    assert get_type_hints(theirs).keys() <= {field.name for field in msgspec.structs.fields(kind)}
 
 
 @pytest.mark.parametrize(("kind", "name", "value"), CASES)
@@ -165,6 +180,7 @@ def test_a_body_that_is_no_json_object_is_a_400(body: bytes) -> None:
         (ChatRequest, {"tools": [], "tool_choice": "none", "parallel_tool_calls": False}),
         (ChatRequest, {"functions": [], "function_call": "auto"}),
         (ChatRequest, {"response_format": {"type": "text"}, "modalities": ["text"], "verbosity": "medium"}),
+        (ChatRequest, {"reasoning_effort": "none", "top_logprobs": 0}),
         (ChatRequest, {"user": "u", "metadata": {"a": 1}, "store": True, "service_tier": "auto"}),
         (ChatRequest, {"max_tokens": 5, "max_completion_tokens": 5}),
         (ChatRequest, {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}}),
