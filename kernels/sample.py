@@ -112,29 +112,33 @@ def _mass(line, vocab, most, temperature, least, BLOCK: tl.constexpr):
 
 @triton.jit
 def _threshold(line, vocab, most, temperature, top_k, top_p, BLOCK: tl.constexpr, ONE: tl.constexpr):
-    """The least weight that top-k and then top-p keep; top-p is a share of what top-k leaves."""
+    """The least weight that top-k and then top-p keep; top-p is a share of what top-k leaves.
+
+    Both halve a range of weights until nothing is left to tell apart in it, mostly long before it is one float wide.
+    """
     least = top_p * 0.0
-    mass = top_p.to(tl.float64)
+    count, total = _mass(line, vocab, most, temperature, least, BLOCK)
+    low = count * 0
     if top_k > 0:
-        low, high = 0, ONE + 1
-        while high - low > 1:
+        high = low + (ONE + 1)
+        while (high - low > 1) & (count > top_k):
             middle = (low + high) // 2
-            count, _ = _mass(line, vocab, most, temperature, middle.to(tl.float32, bitcast=True), BLOCK)
-            low = tl.where(count >= top_k, middle, low)
-            high = tl.where(count >= top_k, high, middle)
+            more, mass = _mass(line, vocab, most, temperature, middle.to(tl.float32, bitcast=True), BLOCK)
+            enough = more >= top_k
+            low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+            count, total = tl.where(enough, more, count), tl.where(enough, mass, total)
         least = low.to(tl.float32, bitcast=True)
-        above, more = _mass(line, vocab, most, temperature, high.to(tl.float32, bitcast=True), BLOCK)
-        mass *= more + (top_k - above) * least.to(tl.float64)  # of the least, only as many as top-k takes
-    else:
-        _, whole = _mass(line, vocab, most, temperature, 0.0, BLOCK)
-        mass *= whole
     if top_p < 1.0:
-        low, high = 0, ONE + 1
-        while high - low > 1:
+        spare = tl.where(top_k > 0, count - top_k, 0)  # of the least weight, only as many as top-k takes
+        wanted = top_p.to(tl.float64) * (total - spare.to(tl.float64) * least.to(tl.float64))
+        high = count * 0 + (ONE + 1)
+        above = count * 0
+        while (high - low > 1) & (count - above > 1):
             middle = (low + high) // 2
-            _, total = _mass(line, vocab, most, temperature, middle.to(tl.float32, bitcast=True), BLOCK)
-            low = tl.where(total >= mass, middle, low)
-            high = tl.where(total >= mass, high, middle)
+            more, mass = _mass(line, vocab, most, temperature, middle.to(tl.float32, bitcast=True), BLOCK)
+            enough = mass >= wanted
+            low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+            count, above = tl.where(enough, more, count), tl.where(enough, above, more)
         least = tl.maximum(least, low.to(tl.float32, bitcast=True))
     return least
 
