@@ -7,6 +7,8 @@ from engine.adapters.catalog import Adapter
 from engine.plan import AdapterLoad, Admission, SequenceStep, StepPlan
 from engine.sequence import Sequence
 
+MAX_AHEAD = 2  # uncommitted plans: the one that runs, and one beyond it
+
 
 @dataclass(frozen=True, slots=True)
 class PlanLimits:
@@ -16,7 +18,7 @@ class PlanLimits:
     least: int  # what prompts get in any case
     chunking: bool  # a prompt may be computed in several steps
     max_wanted: int  # waiting adapters on the host, in queue order, that are copied ahead of a slot
-    patience: int  # admissions that may pass a sequence before a slot or memory is reserved for it
+    patience: int | None  # steps that a sequence waits before a slot, or a load before memory, is kept for it
 
 
 class Verdict(enum.Enum):
@@ -25,6 +27,7 @@ class Verdict(enum.Enum):
     ADMITTED = "admitted"
     NOT_RESIDENT = "not_resident"
     NO_SLOT = "no_slot"
+    BARRED = "slot_drains"  # its slot is kept for another
     STOP = "stop"
 
 
@@ -39,10 +42,7 @@ class Draft:
     admissions: list[Admission] = field(default_factory=list)
     tight: bool = False  # a running sequence found no block: nothing new is started, no preempted one comes back
     wanted: list[Adapter] = field(default_factory=list)  # on the host, first in the queue
-    starved: set[int] = field(default_factory=set)  # adapter_ids whose load found no memory
-    passed: list[Sequence] = field(default_factory=list)  # heads passed over for a slot or for their load's memory
     skips: dict[str, int] = field(default_factory=dict)
-    reserved: int | None = None  # adapter_id that gets no further sequences, so that its slot drains
 
 
 @dataclass(frozen=True, slots=True)

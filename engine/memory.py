@@ -42,6 +42,11 @@ class Memory:
         """Whether a chunk will be free once the uncommitted steps have committed."""
         return self._arena.free + self._arena.coming + self._blocks.idle > 0
 
+    def comes(self, count: int) -> bool:
+        """Whether `count` chunks could be had once the uncommitted steps have committed, were nothing kept back."""
+        near = self._arena.free + self._arena.coming + self._blocks.idle
+        return near >= count or near + self._residency.idle_chunks(NOTHING, later=True) >= count
+
     def fork(self, parent: Sequence, child: Sequence, blocks: int) -> None:
         """The child keeps the parent's first blocks until it is admitted."""
         child.blocks = parent.blocks[:blocks]

@@ -9,9 +9,10 @@ from operator import attrgetter
 
 from engine.adapters.catalog import Adapter
 from engine.adapters.residency import Residency
+from engine.ageing import LoadQueue, SlotQueue
 from engine.arena import Arena
 from engine.blocks import Blocks
-from engine.draft import Draft, Flight, PlanLimits, Verdict
+from engine.draft import MAX_AHEAD, Draft, Flight, PlanLimits, Verdict
 from engine.memory import Memory
 from engine.plan import Admission, SequenceStep, StepPlan
 from engine.roster import Roster
@@ -21,7 +22,7 @@ from engine.stats import Recorder
 
 
 class Planner:
-    """Decides; holds nothing but the adapter whose slot it lets drain."""
+    """Decides; holds nothing but who has waited for a slot or for memory."""
 
     def __init__(
         self,
@@ -43,12 +44,15 @@ class Planner:
         self._roster = roster
         self._count = recorder.counters
         self._recorder = recorder
-        self._draining: int | None = None
+        self._slot_queue = SlotQueue(limits.patience, limits.least, roster)
+        self._load_queue = LoadQueue(limits.patience)
 
     def plan(self, pinned: Collection[Adapter], now: float) -> Flight | None:
         """The next step, or None when there is nothing to do; `pinned` adapters are loaded before all others."""
         draft = Draft(self._arena.planned + 1, self._limits.chunk)
         draft.wanted = self._roster.queue.wanted(self._limits.max_wanted, attrgetter("on_host"))
+        self._count["slot_reservations"] += self._slot_queue.review(draft.step)
+        self._load_overdue(draft)
         prompts = self._decode(draft)
         draft.budget = max(draft.budget, self._limits.least)
         for sequence in prompts:
@@ -81,7 +85,8 @@ class Planner:
 
     def _grow(self, draft: Draft, sequence: Sequence) -> bool:
         """One more block; where none can be had, the latest admitted is preempted, or the row waits for a commit."""
-        while not self._memory.obtain(1, self._about_to_run(draft)):
+        alone = len(self._roster.running) == 1  # nobody else's end makes room
+        while not (self._memory.obtain(1, self._about_to_run(draft)) or (alone and self._memory.obtain(1))):
             draft.tight = True
             if self._memory.soon() or not self._preempt_latest():
                 return False
@@ -92,9 +97,8 @@ class Planner:
 
     def _about_to_run(self, draft: Draft) -> list[int]:
         """Adapters that the next admission may need: who came later is preempted rather than these evicted again."""
-        if len(self._roster.running) == 1:
-            return []
-        return [a.adapter_id for a in draft.wanted if a.ready and self._slots.available(a.adapter_id)]
+        wanted = [a.adapter_id for a in draft.wanted if a.ready and self._slots.available(a.adapter_id)]
+        return [*wanted, *self._load_queue.kept]
 
     def _preempt_latest(self) -> bool:
         running = self._roster.running
@@ -108,26 +112,46 @@ class Planner:
 
     def _load(self, draft: Draft, pinned: Collection[Adapter]) -> None:
         """Starts copies: pinned adapters, then those wanted first in the queue, none at the cost of an earlier one."""
-        earlier: set[int] = set()
+        earlier = self._load_queue.kept
+        starved = []
         for adapter in [*pinned, *draft.wanted]:
             earlier.add(adapter.adapter_id)
             wants_copy = adapter.on_host and not adapter.chunks and adapter.error is None
             if wants_copy and not self._start_copy(draft, adapter, earlier):
-                draft.starved.add(adapter.adapter_id)
+                starved.append(adapter)
+        self._load_queue.starved(starved, draft.step)
 
     def _start_copy(self, draft: Draft, adapter: Adapter, protect: Collection[int]) -> bool:
         if not self._memory.obtain(adapter.pages, protect):
             return False
+        if adapter is self._load_queue.due(draft.step):
+            self._load_queue.granted(adapter)
+            self._count["load_reservations"] += 1
         draft.loads.append(self._residency.place(adapter))
         return True
+
+    def _load_overdue(self, draft: Draft) -> None:
+        """The load whose bound has passed goes before everything else, and running sequences make way for it."""
+        adapter = self._load_queue.overdue(draft.step)
+        if adapter is None:
+            return
+        while not self._memory.comes(adapter.pages + MAX_AHEAD * len(self._roster.running)):  # which may grow meanwhile
+            if self._memory.forks:
+                self._memory.drop_fork()
+            elif self._preempt_latest():
+                self._count["load_preemptions"] += 1
+            else:
+                break
+        self._start_copy(draft, adapter, ())
 
     # Admissions
 
     def _admit(self, draft: Draft, now: float) -> None:
-        if not self._roster.free_rows:
+        if not self._roster.free_rows or self._load_queue.due(draft.step):
             return
         scan = self._roster.queue.scan()
         earlier: set[int] = set()
+        passed: list[Sequence] = []
         while draft.budget > 0 and self._roster.free_rows and (sequence := scan.head):
             match self._judge(draft, sequence):
                 case Verdict.STOP:
@@ -140,7 +164,10 @@ class Planner:
                 case reason:
                     if sequence.adapter is not None:
                         earlier.add(sequence.adapter.adapter_id)
+                    if reason is Verdict.NO_SLOT:
+                        passed.append(sequence)
                     draft.skips[reason.value] = draft.skips.get(reason.value, 0) + scan.skip_adapter()
+        self._slot_queue.passed(passed, draft.step)
 
     def _judge(self, draft: Draft, sequence: Sequence) -> Verdict:
         """Whether the head may be admitted as far as its adapter is concerned."""
@@ -150,27 +177,11 @@ class Planner:
         if adapter is None:
             return Verdict.ADMITTED
         if not adapter.ready:
-            return self._judge_absent(draft, sequence, adapter)
-        if not self._slots.available(adapter.adapter_id):
-            draft.passed.append(sequence)
-            if sequence.overtaken >= self._limits.patience:
-                draft.reserved = self._reserve_slot()
-            return Verdict.NO_SLOT
-        return Verdict.NO_SLOT if adapter.adapter_id == draft.reserved else Verdict.ADMITTED
-
-    def _judge_absent(self, draft: Draft, sequence: Sequence, adapter: Adapter) -> Verdict:
-        adapter.awaited = True
-        if adapter.adapter_id in draft.starved:
-            draft.passed.append(sequence)
-            if sequence.overtaken >= self._limits.patience:
-                return Verdict.STOP  # what is freed from now on is its
-        return Verdict.NOT_RESIDENT
-
-    def _reserve_slot(self) -> int:
-        if self._draining not in self._slots.held:
-            self._draining = self._slots.drains_soonest()
-            self._count["slot_reservations"] += 1
-        return self._draining
+            adapter.awaited = True
+            return Verdict.NOT_RESIDENT
+        if self._slot_queue.bars(adapter):
+            return Verdict.BARRED
+        return Verdict.ADMITTED if self._slots.available(adapter.adapter_id) else Verdict.NO_SLOT
 
     def _start(self, draft: Draft, sequence: Sequence, earlier: Collection[int]) -> bool:
         """Gives the sequence blocks for all its tokens; False, with nothing changed, where there is no room for it."""
@@ -184,7 +195,10 @@ class Planner:
             self._blocks.hold(kept)
         need = self._blocks.blocks_for(len(sequence.tokens)) - len(kept)
         own = () if sequence.adapter is None else (sequence.adapter.adapter_id,)
-        if not self._memory.obtain(need, {*earlier, *own}, spare=-(-len(self._roster.running) // 4)):
+        running = len(self._roster.running)
+        spare, protect = -(-running // 4), {*earlier, *own}
+        room = self._memory.obtain(need, protect | self._load_queue.kept, spare)
+        if not (room or (not running and self._memory.obtain(need, protect))):
             self._put_back(sequence, kept, forked)
             return False
         self._roster.admit(sequence, kept + self._blocks.allocate(need), cached)
@@ -217,8 +231,6 @@ class Planner:
                 params=sequence.params,
             )
         )
-        for passed in draft.passed:
-            passed.overtaken += 1
         self._row(draft, sequence, min(sequence.remaining, draft.budget))
 
     def _note_admission(self, sequence: Sequence, now: float) -> None:

@@ -73,7 +73,7 @@ class Roster:
         sequence.slot = -1 if sequence.adapter is None else self._residency.acquire(sequence.adapter)
         sequence.state = SequenceState.RUNNING
         sequence.admission += 1
-        sequence.overtaken = 0
+        sequence.passed_since = 0
         sequence.blocks = blocks
         sequence.planned = cached
         sequence.told_blocks, sequence.hashed = 0, cached // self._blocks.block_tokens

@@ -14,7 +14,7 @@ from engine.arena import Arena
 from engine.blocks import Blocks
 from engine.commit import Committer
 from engine.config import EngineConfig
-from engine.draft import Flight, PlanLimits
+from engine.draft import MAX_AHEAD, Flight, PlanLimits
 from engine.memory import Memory
 from engine.messages import RequestFailed, SequenceOutput, Stats, Submit
 from engine.plan import StepPlan, StepResult
@@ -24,8 +24,6 @@ from engine.roster import Roster
 from engine.slots import Slots
 from engine.stats import Recorder, adapter_stats
 from engine.types import EngineError, ErrorCode, FinishReason
-
-MAX_AHEAD = 2  # uncommitted plans: the one that runs, and one beyond it
 
 MIN_FETCHES = 4  # sources read at once for waiting sequences: this many, or as many as there are slots
 
@@ -49,7 +47,7 @@ class SchedulerConfig:
     max_adapter_chunks: int = 0  # of the largest adapter allowed; Geometry.adapter_chunks
     policy: str = "fcfs"
     prefix_cache: bool = True
-    patience: int = 64  # admissions that may pass a sequence before a slot or memory is kept for it
+    patience: int | None = 64  # steps before a slot or memory is kept for who waits; None: never
     first_adapter_id: int = 1
     unix_offset: float = 0.0  # what makes unix seconds of the `now` passed in
 

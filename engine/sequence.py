@@ -48,7 +48,7 @@ class Sequence:
     adapter: Adapter | None
     state: SequenceState = SequenceState.HELD
     key: tuple[int, ...] = ()  # place in the queue
-    overtaken: int = 0  # admissions that passed it while it found no slot or no memory for its adapter
+    passed_since: int = 0  # the step in which it was first passed over for want of a slot; 0: never
     started: bool = False  # it has, or had, KV of its own or shared with it
     row: int = -1
     slot: int = -1

@@ -24,11 +24,6 @@ class Slots:
     def used(self) -> int:
         return len(self._of)
 
-    @property
-    def held(self) -> list[int]:
-        """adapter_ids whose slots are held by running sequences."""
-        return [adapter_id for adapter_id, slot in self._of.items() if self._holders[slot]]
-
     def available(self, adapter_id: int) -> bool:
         """Whether `acquire` would succeed."""
         return adapter_id in self._of or 0 in self._holders
@@ -55,10 +50,6 @@ class Slots:
         if slot is not None:
             assert not self._holders[slot], "an adapter in use left its slot"
             self._table[slot] = None
-
-    def drains_soonest(self) -> int:
-        """The adapter whose slot is held by the fewest running sequences; raises ValueError when none is held."""
-        return min(self.held, key=lambda adapter_id: self._holders[self._of[adapter_id]])
 
     def check(self, running: dict[int, int]) -> None:
         """Raises AssertionError unless exactly these adapters (adapter_id -> running sequences) hold slots."""

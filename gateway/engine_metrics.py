@@ -36,6 +36,8 @@ COUNTER_HELP = {
     "finished_length": "Sequences that reached their limit.",
     "finished_stop": "Sequences that ended by an end token.",
     "graph_replays": "Steps that ran as a captured graph.",
+    "load_preemptions": "Sequences whose memory was taken for a load that had waited for its bound.",
+    "load_reservations": "Loads that got their memory because they had waited longest.",
     "mixed_adapter_steps": "Steps that served more than one of base and adapters.",
     "mixed_steps": "Steps with prefill and decode together.",
     "preemptions": "Sequences whose memory was taken for others.",
@@ -55,7 +57,7 @@ NOTHING_YET: dict[str, tuple[tuple[str, ...], ...]] = {
         ("arena", "memory"), ("arena", "host"), ("arena", "unload"), ("arena", "failed"),
         ("host", "capacity"), ("prefix", "memory"),
     ),
-    "skips": (("not_resident",), ("no_slot",)),
+    "skips": (("not_resident",), ("no_slot",), ("slot_drains",)),
     "adapter_loads": tuple((stage, outcome) for stage in LOAD_STAGES for outcome in ("ok", "failed")),
 }  # fmt: skip
 

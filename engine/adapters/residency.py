@@ -97,8 +97,10 @@ class Residency:
         """The adapter that eviction takes first, none of `protect` (adapter_ids)."""
         return next((a for a in self._idle.values() if self._evictable(a, protect)), None)
 
-    def idle_chunks(self, protect: Collection[int]) -> int:
-        """Chunks that evicting every idle adapter but `protect` would free."""
+    def idle_chunks(self, protect: Collection[int], *, later: bool = False) -> int:
+        """Chunks that evicting every idle adapter but `protect` would free; `later`: after the uncommitted steps."""
+        if later:
+            return sum(len(a.chunks) for a in self._idle.values() if not a.pinned)
         return sum(len(a.chunks) for a in self._idle.values() if self._evictable(a, protect))
 
     def evict(self, adapter: Adapter, reason: str) -> None:

@@ -10,14 +10,14 @@ from tests.engine.simulated import Driver, small_config
 SLOTS = 8
 PATIENCE = 16
 LONGEST = 12  # steps that a hot sequence runs
-PATIENT = 500  # steps after which a wait counts as starvation
+PATIENT = 200  # steps after which a wait counts as starvation
 
 
 def saturated(seed: int, patience: int | None, colds: int = 1) -> tuple[Driver, random.Random]:
-    """Eight hot adapters that hold all slots, with two sequences each at least, and cold ones on the host."""
+    """Eight hot adapters that hold all slots, with several sequences each, and cold ones on the host."""
     driver = Driver(
         small_config(
-            num_chunks=200, max_running=32, prefill_tokens=128, max_slots=SLOTS, max_adapter_chunks=4,
+            num_chunks=250, max_running=64, prefill_tokens=128, max_slots=SLOTS, max_adapter_chunks=4,
             patience=patience, prefix_cache=False,
         )
     )  # fmt: skip
@@ -32,10 +32,10 @@ def saturated(seed: int, patience: int | None, colds: int = 1) -> tuple[Driver, 
 
 
 def feed(driver: Driver, rng: random.Random) -> None:
-    """Every hot adapter has two sequences open, so its slot never falls empty by itself."""
+    """Every hot adapter has five sequences open, so its slot never falls empty by itself."""
     for index in range(SLOTS):
         adapter = driver.scheduler.adapters.catalog.named(f"hot{index}")
-        while adapter.tally.waiting + adapter.tally.running < 3:
+        while adapter.tally.waiting + adapter.tally.running < 5:
             driver.submit([rng.randrange(1, 50)], adapter.name, max_tokens=rng.randint(4, LONGEST), ignore_eos=True)
 
 
@@ -86,29 +86,29 @@ def test_without_the_rule_a_cold_adapter_starves(seed: int) -> None:
 # Memory for a load
 
 
-LARGEST = 32  # chunks of an adapter of rank 256
+LARGEST = 48  # chunks of an adapter of rank 256
 
 
-def full_of_kv(seed: int, patience: int | None) -> tuple[Driver, random.Random]:
+def full_of_kv(seed: int, patience: int | None, longest: int = 40) -> tuple[Driver, random.Random]:
     """Running sequences hold nearly every chunk and go on growing; as many again wait."""
     driver = Driver(
         small_config(
-            num_chunks=120, max_model_len=160, max_running=12, prefill_tokens=64, max_slots=SLOTS,
+            num_chunks=140, max_model_len=160, max_running=24, prefill_tokens=64, max_slots=SLOTS,
             max_adapter_chunks=LARGEST, patience=patience, prefix_cache=bool(seed % 2),
         )
     )  # fmt: skip
     driver.add("largest", LARGEST)
     rng = random.Random(seed)
     for _ in range(30):
-        fill(driver, rng)
+        fill(driver, rng, longest)
         driver.step()
     return driver, rng
 
 
-def fill(driver: Driver, rng: random.Random) -> None:
+def fill(driver: Driver, rng: random.Random, longest: int = 40) -> None:
     while driver.scheduler.stats().waiting < 6:
-        prompt = [rng.randrange(1, 50) for _ in range(rng.randint(8, 40))]
-        driver.submit(prompt, max_tokens=rng.randint(60, 120), ignore_eos=True)
+        prompt = [rng.randrange(1, 50) for _ in range(rng.randint(8, 20))]
+        driver.submit(prompt, max_tokens=rng.randint(longest // 2, longest), ignore_eos=True)
 
 
 def steps_until_loaded(driver: Driver, rng: random.Random, limit: int) -> int:
@@ -127,10 +127,18 @@ def test_a_load_gets_into_an_arena_full_of_kv_within_its_bound(seed: int) -> Non
     request = driver.submit([1, 2, 3], "largest", max_tokens=2)
     assert steps_until_loaded(driver, rng, 300) <= 2 * 6 + 2 * MAX_AHEAD
     assert driver.counter("load_reservations") == 1
-    assert driver.counter("load_preemptions") > 0
     evictions = driver.scheduler.stats().evictions.get("arena/memory", 0)
     driver.run_until(lambda: driver.scheduler._roster.requests[request].started, 300)
     assert driver.scheduler.stats().evictions.get("arena/memory", 0) == evictions, "it went before it was used"
+    driver.run()
+    driver.check_outputs()
+
+
+def test_running_sequences_make_way_for_a_load_and_come_back() -> None:
+    driver, rng = full_of_kv(0, patience=6, longest=130)
+    driver.submit([1, 2, 3], "largest", max_tokens=2)
+    assert 2 * 6 <= steps_until_loaded(driver, rng, 300) <= 2 * 6 + 2 * MAX_AHEAD
+    assert driver.counter("load_preemptions") > 0
     driver.run()
     driver.check_outputs()
 
