@@ -1,6 +1,7 @@
 """What a request gets is the same to the last bit, whatever is computed beside it and however its prompt was cut.
 
-In the default dtype: bfloat16 where the CPU multiplies it natively. Tokens and log-probabilities are compared exactly.
+In the default dtype, bfloat16 where the CPU multiplies it natively, and in float32. Tokens and log-probabilities are
+compared exactly.
 """
 
 import asyncio
@@ -34,15 +35,17 @@ class Model:
     asks: tuple[Ask, ...]  # those that are compared
     others: tuple[Ask, ...]  # sent beside them, of other lengths
     alone: Run  # of `asks`, one after the other, without a prefix cache
+    dtype: str
 
     def config(self, **settings: Any) -> EngineConfig:
-        return config(self.folder, self.adapters, **settings)
+        return config(self.folder, self.adapters, dtype=self.dtype, **settings)
 
     @property
     def few_tokens(self) -> int:
         """An arena in which not nearly all of the requests can run at once."""
         dims = read_dims(self.folder)
-        geometry = make_geometry(dims, torch.bfloat16.itemsize if cpu_has_bfloat16() else torch.float32.itemsize)
+        narrow = self.dtype == "auto" and cpu_has_bfloat16()
+        geometry = make_geometry(dims, torch.bfloat16.itemsize if narrow else torch.float32.itemsize)
         return 1024 + geometry.block_tokens * geometry.adapter_chunks(dims, 64)
 
     def differing(self, asks: Sequence[Ask], done: Run) -> list[str]:
@@ -72,7 +75,7 @@ def config(folder: Path, adapters: dict[str, Path], **settings: Any) -> EngineCo
     return EngineConfig(**(defaults | settings))
 
 
-def make_model(folder: Path, adapters: dict[str, Path], count: int, tokens: int) -> Model:
+def make_model(folder: Path, adapters: dict[str, Path], count: int, tokens: int, dtype: str = "auto") -> Model:
     owners = [None, *adapters]
     asks = tuple(
         Ask(prompt, owners[i % len(owners)], _params(i, tokens))
@@ -82,7 +85,8 @@ def make_model(folder: Path, adapters: dict[str, Path], count: int, tokens: int)
         Ask(prompt, owners[i % len(owners)], OTHER)
         for i, prompt in enumerate(text_prompts(folder, count // 2, 20, 150, seed=1))
     )
-    return Model(folder, adapters, asks, others, asyncio.run(run(config(folder, adapters), asks, alone=True)))
+    alone = asyncio.run(run(config(folder, adapters, dtype=dtype), asks, alone=True))
+    return Model(folder, adapters, asks, others, alone, dtype)
 
 
 def _params(index: int, tokens: int) -> SamplingParams:
@@ -99,6 +103,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 @pytest.fixture(scope="module")
+def small_float32(small: Model) -> Model:
+    return make_model(small.folder, small.adapters, 32, 6, "float32")
+
+
+@pytest.fixture(scope="module")
 def whole() -> Model:
     return make_model(demo_folder(), demo_adapters(), 64, 32)
 
@@ -106,7 +115,10 @@ def whole() -> Model:
 pytestmark = pytest.mark.demo
 
 
-@pytest.fixture(params=["small", pytest.param("whole", marks=pytest.mark.slow)])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("small_float32", "whole")]
+
+
+@pytest.fixture(params=["small", *SLOW])
 def model(request: pytest.FixtureRequest) -> Model:
     found = request.getfixturevalue(request.param)
     assert isinstance(found, Model)

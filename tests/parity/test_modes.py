@@ -7,6 +7,7 @@ import asyncio
 
 import pytest
 
+from engine.models.dims import LORA_MODULES
 from tests.parity.judge import Ask
 from tests.parity.runs import Run, run, send, shuffled
 from tests.parity.zoo import ADAPTERS, SHAPES, Zoo, asks, make_zoo, prompts
@@ -139,6 +140,40 @@ async def test_more_adapters_than_host(zoo: Zoo) -> None:
     check(done, zoo)
     assert done.stats.evictions.get("host/capacity", 0) > len(ADAPTERS)
     assert done.stats.loads["source/ok"] > len(ADAPTERS) + 2
+
+
+async def test_a_name_loaded_again_is_another_adapter(zoo: Zoo) -> None:
+    """The same name, the same prompt, other weights: nothing of the old ones is met, while others keep the chunks."""
+    prompt = prompts(1, 60, 60, seed=11)[0]
+    done = Run()
+    async with local_engine(
+        zoo.config(SMALL, max_lora_rank=256, lora_target_modules=LORA_MODULES, max_loras_per_batch=2)
+    ) as engine:
+        for name in ("five", "patterns", "five", "huge"):
+            await engine.client.load_adapter("again", str(zoo.adapters[name]))
+            for _ in range(2):
+                work = [Ask(prompt, owner, asks(1, [None])[0].params) for owner in ("again", *SMALL)]
+                done.answers += await send(engine, work)
+                done.asks += [Ask(prompt, name, work[0].params), *work[1:]]
+            await engine.client.unload_adapter("again")
+        done.stats = await engine.stats()
+    check(done, zoo)
+    assert done["drains"] == 4
+    assert done["prefix_hit_tokens"] > 0
+    assert done.stats.evictions["arena/unload"] > 0
+
+
+async def test_siblings_share_their_prompt(zoo: Zoo) -> None:
+    work = asks(8, EVERYONE, least=40, most=90)
+    done = Run()
+    async with local_engine(zoo.config()) as engine:
+        sent = (engine.ask(ask.prompt, ask.params, adapter=ask.adapter, n=3) for ask in work)
+        for ask, choices in zip(work, await asyncio.gather(*sent), strict=True):
+            done.answers += choices
+            done.asks += [ask] * 3
+        done.stats = await engine.stats()
+    check(done, zoo)
+    assert done["prefix_hit_tokens"] >= sum(2 * ((len(ask.prompt) - 1) // 16 * 16) for ask in work)
 
 
 async def test_everything_at_once(zoo: Zoo) -> None:
