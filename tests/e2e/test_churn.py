@@ -115,7 +115,7 @@ async def answers_alone(client: httpx.AsyncClient, sources: list[Path]) -> Expec
     return expected
 
 
-@pytest.mark.parametrize("rounds", [12, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [8, pytest.param(120, marks=pytest.mark.slow)])
 async def test_churn(files: Files, tmp_path: Path, rounds: int) -> None:
     """Three slots and four loaded adapters at most, in an arena that does not hold all that is asked at once."""
     sources = [write_adapter(tmp_path / f"s{i}", files.model, rank=8 * 2**i, seed=i) for i in range(4)]

@@ -121,9 +121,8 @@ async def test_two_hundred_streams(server: Server, client: httpx.AsyncClient, ad
     await settled(server, before)
     assert chunks(told) == chunks(at_start) > 0
     assert told("mixed_adapter_steps_total") > at_start("mixed_adapter_steps_total")
-    assert (
-        told("evictions_total", tier="arena", reason="slots") + told("skips_slots_total") > 0 or told("slots_used") == 8
-    )
+    print("DBG", {k: v for k, v in told.samples.items() if "skips" in k[0] or "reserv" in k[0] or "slots" in k[0]})
+    assert told("skips_total", reason="no_slot") > at_start("skips_total", reason="no_slot")
     finished = sum(told("requests_finished_total", base="llama", reason=reason) for reason in ("stop", "length"))
     assert finished >= STREAMS
     assert told("engine_losses_total") == 0
