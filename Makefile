@@ -8,7 +8,7 @@ ARGS ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: serve test test-slow test-gpu check bench bench-gpu openapi clean
+.PHONY: serve test test-slow test-gpu check bench bench-gpu openapi dashboards clean
 
 serve: $(VENV)/.run-installed
 	$(VENV)/bin/loramux serve $(ARGS)
@@ -37,6 +37,9 @@ bench-gpu: $(VENV)/.dev-installed
 
 openapi: $(VENV)/.dev-installed
 	$(VENV)/bin/python openapi/generate.py
+
+dashboards: $(VENV)/.dev-installed
+	$(VENV)/bin/python grafana/generate.py
 
 $(VENV)/.run-installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "loramux needs Python 3.11 or newer; name one with PYTHON=...")'
