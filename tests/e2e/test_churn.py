@@ -22,9 +22,9 @@ TOKENS = 24
 WORKERS = 12
 Expected = dict[tuple[str, bool], set[str]]  # (prompt, with an adapter) -> the texts that may be answered
 ALLOWED = {
-    "load": {200, 400, 404, 503},  # a name taken, too many pins; unloaded while it waited; no room on the host
+    "load": {200, 400, 404, 503},  # a name taken, too many pins; unloaded while it waited; no room
     "unload": {200, 404},
-    "pin": {200, 400, 404},
+    "pin": {200, 400, 404, 503},
     "unpin": {200, 404},
     "complete": {200, 404, 503},
     "stream": {200, 404, 503},
