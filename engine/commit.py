@@ -36,6 +36,7 @@ class Committer:
         sequence.pending -= row.sample
         prompt_logprobs = _prompt_logprobs(sequence, row, told) if row.prompt_logprobs else None
         tokens, finish = self._append(sequence, told.tokens)
+        self._roster.generated(sequence.adapter, len(tokens))
         end = row.start + row.length
         if sequence.params.max_tokens == 0 and end == sequence.prompt_length:
             finish = FinishReason.LENGTH
@@ -57,7 +58,6 @@ class Committer:
         params = sequence.params
         for index, token in enumerate(sampled):
             sequence.tokens.append(token)
-            self._roster.tally(sequence.adapter).generated_tokens += 1
             generated = len(sequence.tokens) - sequence.prompt_length
             if token in sequence.request.stops and generated > params.min_tokens:
                 return sampled[: index + 1], FinishReason.STOP

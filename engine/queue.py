@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from operator import attrgetter, itemgetter
 
 from engine.adapters.catalog import Adapter
+from engine.fairness import Shares
 from engine.sequence import Request, Sequence
 
 # A policy gives a request's rank: lower goes first. Choices of a request stand together.
@@ -24,8 +25,12 @@ def by_priority(request: Request) -> tuple[int, ...]:
 
 
 def queue_order(policy: str) -> QueueOrder:
-    """The policy of --schedule-policy; raises ValueError for an unknown one."""
-    policies: dict[str, QueueOrder] = {"fcfs": first_come_first_served, "priority": by_priority}
+    """The policy of --schedule-policy; raises ValueError for an unknown one. `fair` needs shares besides."""
+    policies: dict[str, QueueOrder] = {
+        "fcfs": first_come_first_served,
+        "priority": by_priority,
+        "fair": first_come_first_served,  # within an adapter's line
+    }
     if policy not in policies:
         raise ValueError(f"--schedule-policy {policy} is not known; choose one of {', '.join(policies)}")
     return policies[policy]
@@ -34,8 +39,10 @@ def queue_order(policy: str) -> QueueOrder:
 class WaitingQueue:
     """One sorted list an adapter (the base has one too): heads are few even where sequences are many."""
 
-    def __init__(self, order: QueueOrder) -> None:
+    def __init__(self, order: QueueOrder, shares: Shares | None = None) -> None:
+        """With `shares`, the line whose adapter was served least goes first, whenever its sequences came."""
         self._order = order
+        self._shares = shares
         self._lines: dict[Adapter | None, list[Sequence]] = {}
         self._size = 0
 
@@ -48,6 +55,8 @@ class WaitingQueue:
     def push(self, sequence: Sequence) -> None:
         """Puts a sequence at its place; one that comes back takes the place it had."""
         sequence.key = (*self._order(sequence.request), sequence.choice, sequence.sequence_id)
+        if self._shares is not None and sequence.adapter not in self._lines:
+            self._shares.joins(sequence.adapter, self._lines)
         insort(self._lines.setdefault(sequence.adapter, []), sequence, key=_key)
         self._size += 1
 
@@ -57,6 +66,8 @@ class WaitingQueue:
         self._size -= 1
         if not line:
             del self._lines[sequence.adapter]
+            if self._shares is not None:
+                self._shares.leaves(sequence.adapter)
 
     def line_of(self, adapter: Adapter | None) -> list[Sequence]:
         """The adapter's waiting sequences in order; not to be changed."""
@@ -64,7 +75,7 @@ class WaitingQueue:
 
     def wanted(self, count: int, where: Callable[[Adapter], bool]) -> list[Adapter]:
         """The first `count` distinct adapters for which `where` holds, in the order of their first sequences."""
-        lines = ((line[0].key, adapter) for adapter, line in self._lines.items() if adapter is not None)
+        lines = ((self.place(line[0]), adapter) for adapter, line in self._lines.items() if adapter is not None)
         first = heapq.nsmallest(count, (line for line in lines if where(line[1])), key=itemgetter(0))
         return [adapter for _, adapter in first]
 
@@ -74,17 +85,23 @@ class WaitingQueue:
         return {
             other.adapter_id
             for other, line in self._lines.items()
-            if other is not None and other is not adapter and (mine is None or line[0].key < mine[0].key)
+            if other is not None
+            and other is not adapter
+            and (mine is None or self.place(line[0]) < self.place(mine[0]))
         }
 
+    def place(self, first: Sequence) -> tuple[float, ...]:
+        """Where the line that this sequence heads stands now; lower goes first."""
+        return first.key if self._shares is None else (self._shares.served(first.adapter), *first.key)
+
     def scan(self) -> "Scan":
-        return Scan(self, [(line[0].key, line[0]) for line in self._lines.values()])
+        return Scan(self, [(self.place(line[0]), line[0]) for line in self._lines.values()])
 
 
 class Scan:
     """One pass over the queue in order. The caller takes or passes over what `head` shows."""
 
-    def __init__(self, queue: WaitingQueue, heap: list[tuple[tuple[int, ...], Sequence]]) -> None:
+    def __init__(self, queue: WaitingQueue, heap: list[tuple[tuple[float, ...], Sequence]]) -> None:
         self._queue = queue
         self._heap = heap
         heapq.heapify(heap)
@@ -99,7 +116,7 @@ class Scan:
         self._queue.remove(sequence)
         line = self._queue.line_of(sequence.adapter)
         if line:
-            heapq.heapreplace(self._heap, (line[0].key, line[0]))
+            heapq.heapreplace(self._heap, (self._queue.place(line[0]), line[0]))
         else:
             heapq.heappop(self._heap)
 

@@ -9,20 +9,23 @@ from collections.abc import Iterable
 from engine.adapters.catalog import Adapter, Tally
 from engine.adapters.residency import Residency
 from engine.blocks import Blocks, Chain, chain_seed
+from engine.fairness import Shares
 from engine.memory import Memory
 from engine.messages import Submit
-from engine.queue import WaitingQueue
+from engine.queue import WaitingQueue, queue_order
 from engine.sequence import Request, Sequence, SequenceState
 
 
 class Roster:
     """Requests that have not ended, the queue, the running sequences and the state rows 0..rows-1."""
 
-    def __init__(self, rows: int, queue: WaitingQueue, blocks: Blocks, memory: Memory, residency: Residency) -> None:
-        self.queue = queue
+    def __init__(self, rows: int, policy: str, blocks: Blocks, memory: Memory, residency: Residency) -> None:
+        """Raises ValueError for an unknown policy."""
+        self.base = Tally()
+        self.shares = Shares(self.base) if policy == "fair" else None
+        self.queue = WaitingQueue(queue_order(policy), self.shares)
         self.requests: dict[int, Request] = {}
         self.running: dict[int, Sequence] = {}  # by sequence_id, in order of admission
-        self.base = Tally()
         self.unstarted = 0  # requests of which nothing was planned yet
         self._rows = list(range(rows))
         self._blocks = blocks
@@ -81,7 +84,15 @@ class Roster:
         tally = self.tally(sequence.adapter)
         tally.waiting -= 1
         tally.running += 1
+        if self.shares is not None and sequence.admission == 1:  # computing tokens again is not its doing
+            self.shares.charge(sequence.adapter, prompt=sequence.prompt_length - cached)
         self._mark_started(sequence)
+
+    def generated(self, adapter: Adapter | None, tokens: int) -> None:
+        """A step sampled these."""
+        self.tally(adapter).generated_tokens += tokens
+        if self.shares is not None:
+            self.shares.charge(adapter, generated=tokens)
 
     def preempt(self, sequence: Sequence) -> None:
         """Takes a running sequence's row, slot and blocks; it will compute its tokens anew."""

@@ -19,7 +19,6 @@ from engine.memory import Memory
 from engine.messages import RequestFailed, SequenceOutput, Stats, Submit
 from engine.plan import StepPlan, StepResult
 from engine.planner import Planner
-from engine.queue import WaitingQueue, queue_order
 from engine.roster import Roster
 from engine.slots import Slots
 from engine.stats import Recorder, adapter_stats
@@ -117,8 +116,7 @@ class Scheduler:
         self._residency = Residency(self._arena, self._slots, _limits(config))
         self._blocks = Blocks(self._arena, config.block_tokens, caching=config.prefix_cache)
         self._memory = Memory(self._arena, self._blocks, self._residency)
-        queue = WaitingQueue(queue_order(config.policy))
-        self._roster = Roster(config.max_running, queue, self._blocks, self._memory, self._residency)
+        self._roster = Roster(config.max_running, config.policy, self._blocks, self._memory, self._residency)
         self.adapters = AdapterControl(
             Catalog(enabled=config.enable_lora, first_id=config.first_adapter_id), self._residency, self._roster,
             self.counters, max_fetches=max(config.max_slots, MIN_FETCHES), block_tokens=config.block_tokens,

@@ -86,6 +86,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None = None  # of a hub source
     state: AdapterState
     pinned: bool = False
+    weight: float = 1.0  # of its share, where --schedule-policy is fair
     rank: int = 0  # 0 while unknown (cold)
     modules: tuple[str, ...] = ()
     bytes: int = 0  # in the arena, when resident

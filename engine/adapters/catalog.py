@@ -19,6 +19,7 @@ class Tally:
     generated_tokens: int = 0
     waiting: int = 0  # accepted, without a state row
     running: int = 0  # with a state row
+    served: float = 0.0  # the fair policy's counter
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class Adapter:
     draining: bool = False
     error: str | None = None  # why the last load failed
     used_at: float | None = None  # seconds
+    weight: float = 1.0  # its share under the fair policy
     started: int = 0  # unfinished sequences that hold or held KV of this adapter
     tally: Tally = field(default_factory=Tally)
 
@@ -103,6 +105,7 @@ class Adapter:
             bytes=self.pages * chunk_bytes,
             requests=self.open,
             created=self.created + unix_offset,
+            weight=self.weight,
             last_used=self.used_at + unix_offset if self.used_at is not None else 0.0,
             error=self.error,
         )

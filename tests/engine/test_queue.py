@@ -53,7 +53,7 @@ def test_choices_of_a_request_stand_together() -> None:
 
 
 def test_an_unknown_policy_is_refused() -> None:
-    with pytest.raises(ValueError, match="fcfs, priority"):
+    with pytest.raises(ValueError, match="fcfs, priority, fair"):
         queue_order("lifo")
 
 
