@@ -149,7 +149,7 @@ def _target_modules(given: Sequence[str] | None) -> tuple[str, ...] | None:
     """None: inferred from the adapters."""
     if given is None:
         return None
-    if list(given) == ["all"]:
+    if "all" in given:
         return LORA_MODULES
     if unknown := sorted(set(given) - set(LORA_MODULES)):
         known = " ".join(LORA_MODULES)

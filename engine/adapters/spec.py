@@ -1,6 +1,5 @@
 """What is known of an adapter without its weights: plain numbers for the brain, the layout and the host tier."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.models.dims import LORA_MODULES
@@ -43,19 +42,6 @@ class AdapterLimits:
 
     max_rank: int
     modules: tuple[str, ...] = LORA_MODULES
-
-
-def normalize_target_modules(names: Sequence[str]) -> tuple[str, ...]:
-    """The modules that --lora-target-modules names, in the order of LORA_MODULES; `all` stands for all seven.
-
-    Raises EngineError (INVALID_REQUEST) for an unknown or missing name.
-    """
-    if unknown := [name for name in names if name not in (*LORA_MODULES, "all")]:
-        known = ", ".join(LORA_MODULES)
-        raise EngineError(ErrorCode.INVALID_REQUEST, f"--lora-target-modules {unknown[0]}: expected all, {known}")
-    if not names:
-        raise EngineError(ErrorCode.INVALID_REQUEST, "--lora-target-modules: at least one module is needed")
-    return LORA_MODULES if "all" in names else tuple(name for name in LORA_MODULES if name in names)
 
 
 def invalid(reason: str) -> EngineError:

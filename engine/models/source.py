@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-DEMO_NAME = "llama"
 # Weights in other forms (pickles among them) are never fetched.
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 
@@ -23,16 +22,6 @@ def resolve_model(model_path: str | None, revision: str | None = None, *, progre
     if _looks_local(model_path):
         raise ModelSourceError(f"--model-path {model_path}: there is no such folder")
     return _from_hub(model_path, revision)
-
-
-def default_served_name(model_path: str | None) -> str:
-    """`llama` for the demo, a folder's last component, a hub id as given."""
-    if model_path is None:
-        return DEMO_NAME
-    folder = Path(model_path).expanduser()
-    if folder.exists() or _looks_local(model_path):
-        return folder.resolve().name
-    return model_path
 
 
 def _looks_local(model_path: str) -> bool:

@@ -88,7 +88,7 @@ def test_lora_paths_in_all_their_forms(tmp_path: Path) -> None:
         "sql=org/sql-lora",
         "org/bare",
         '{"lora_name": "json", "lora_path": "org/x", "pinned": true}',
-        '[{"lora_name": "rev", "lora_path": "org/y", "revision": "v1"}]',
+        '[{"lora_name": "rev", "lora_path": "org/y", "revision": "v1", "weight": 3}]',
         f"local={local}",
     )
     chosen = settings("--lora-paths", *given, "--lora-paths", "again=org/z").engine
@@ -96,7 +96,7 @@ def test_lora_paths_in_all_their_forms(tmp_path: Path) -> None:
         LoraPath(name="sql", path="org/sql-lora"),
         LoraPath(name="bare", path="org/bare"),
         LoraPath(name="json", path="org/x", pinned=True),
-        LoraPath(name="rev", path="org/y", revision="v1"),
+        LoraPath(name="rev", path="org/y", revision="v1", weight=3.0),
         LoraPath(name="local", path=local),
         LoraPath(name="again", path="org/z"),
     )
@@ -156,7 +156,8 @@ def test_combinations_that_cannot_be_served() -> None:
 
 def test_target_modules() -> None:
     assert cli.LORA_MODULES == ENGINE_MODULES
-    assert settings("--lora-target-modules", "all").engine.lora_target_modules == ENGINE_MODULES
+    for all_of_them in (["all"], ["q_proj", "all"]):
+        assert settings("--lora-target-modules", *all_of_them).engine.lora_target_modules == ENGINE_MODULES
     assert settings("--lora-target-modules", "v_proj", "q_proj").engine.lora_target_modules == ("q_proj", "v_proj")
     assert settings().engine.lora_target_modules is None
     assert "lm_head" in refusal("--lora-target-modules", "q_proj", "lm_head")

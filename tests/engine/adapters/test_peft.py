@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.adapters.peft import inspect_limits, read_adapter
 from engine.adapters.source import CONFIG_FILE, TENSORS_FILE
-from engine.adapters.spec import AdapterLimits, normalize_target_modules
+from engine.adapters.spec import AdapterLimits
 from engine.models.dims import LORA_MODULES, ModelDims
 from engine.types import EngineError, ErrorCode
 from tests.support.adapters import adapter_tensors, write_adapter
@@ -208,15 +208,6 @@ def test_limits_refuse(tmp_path: Path) -> None:
         tmp_path, limits=AdapterLimits(64, LORA_MODULES[:6])
     )
     assert read_adapter(tmp_path, DIMS, AdapterLimits(17)).spec.rank == 17
-
-
-def test_target_module_flags() -> None:
-    assert normalize_target_modules(["all"]) == LORA_MODULES
-    assert normalize_target_modules(["v_proj", "q_proj", "v_proj"]) == ("q_proj", "v_proj")
-    with pytest.raises(EngineError, match="--lora-target-modules lm_head: expected all, q_proj"):
-        normalize_target_modules(["q_proj", "lm_head"])
-    with pytest.raises(EngineError, match="at least one"):
-        normalize_target_modules([])
 
 
 # --- bad configs

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engine.models import demo, gguf_convert
-from engine.models.source import ModelSourceError, default_served_name, resolve_model
+from engine.models.source import ModelSourceError, resolve_model
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, LAYERS = 3, 1, 4, 12, 16, 2
 WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "ab", "1"]
@@ -248,13 +248,6 @@ def test_hub_fetch_takes_no_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (seen["repo"], seen["revision"]) == ("owner/name", "abc")
     for name in ("pytorch_model.bin", "model.pt", "training_args.bin", "model.pkl"):
         assert not any(fnmatch.fnmatch(name, pattern) for pattern in seen["allow_patterns"])
-
-
-def test_served_names(tmp_path: Path) -> None:
-    assert default_served_name(None) == "llama"
-    assert default_served_name("HuggingFaceTB/SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    (tmp_path / "my-model").mkdir()
-    assert default_served_name(f"{tmp_path}/my-model/") == "my-model"
 
 
 @pytest.mark.demo
