@@ -97,10 +97,10 @@ class DeviceBank:
     def _load(self, load: AdapterLoad, adapter: HostPages) -> BaseException | None:
         try:
             copied = self._accelerator.event(sleeping=True)
-            pieces, ranks = self._tables(load.chunks, adapter.layout.places)
             with self._accelerator.copying():
                 for chunk, page in zip(load.chunks, adapter.pages, strict=True):
                     self._bytes[chunk].copy_(page, non_blocking=True)
+                pieces, ranks = self._tables(load.chunks, adapter.layout.places)  # while the pages are on their way
                 tables = AdapterTables(
                     self._accelerator.upload(pieces),
                     self._accelerator.upload(ranks),

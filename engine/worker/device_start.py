@@ -88,7 +88,8 @@ def _runner(setting: Setting, folder: Path, progress: Progress) -> DeviceRunner:
     decoder = DeviceDecoder(model, weights, buffers, table, machine.kv, rows.last_token, accelerator)
     samples = max(shape.sequences for shape in shapes.largest())
     sampler = DeviceSampler(rows, machine.max_running, samples, dims.vocab, model.eos_token_ids, accelerator)
-    packer = Packer(machine, rows, model.sliding_window or 0)
+    window = model.sliding_window if any(model.sliding_layers) else None
+    packer = Packer(machine, rows, window or 0)
     return DeviceRunner(decoder, sampler, packer, shapes, rows, accelerator)
 
 
