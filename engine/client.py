@@ -166,12 +166,13 @@ class EngineClient:
         return generation
 
     async def load_adapter(
-        self, name: str, source: str, *, pinned: bool = False, revision: str | None = None
+        self, name: str, source: str, *, pinned: bool = False, revision: str | None = None, weight: float = 1.0
     ) -> AdapterInfo:
         """Loads an adapter into the host tier (pinned: the arena). Raises EngineError with the reason."""
         call_id = next(self._ids)
         result = await self._call(
-            LoadAdapter(call_id=call_id, name=name, source=source, pinned=pinned, revision=revision), call_id
+            LoadAdapter(call_id=call_id, name=name, source=source, pinned=pinned, revision=revision, weight=weight),
+            call_id,
         )
         return _adapter(result)
 

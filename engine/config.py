@@ -10,6 +10,7 @@ class LoraPath(msgspec.Struct, frozen=True, kw_only=True):
     path: str  # folder or hub id, as given
     pinned: bool = False
     revision: str | None = None
+    weight: float = 1.0  # of its share, where the policy is fair
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,7 +39,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     chunked_prefill_size: int | None = None  # tokens a step; None: 256 on the CPU, 2048 on a GPU; -1: no chunking
     max_running_requests: int = 256
     max_queued_requests: int | None = None
-    schedule_policy: str = "fcfs"
+    schedule_policy: str = "fcfs"  # fcfs | priority | fair
     disable_radix_cache: bool = False
     disable_overlap_schedule: bool = False
     disable_cuda_graph: bool = False

@@ -84,7 +84,7 @@ class EngineLoop:
             case LoadAdapter():
                 self._answer(
                     command.call_id,
-                    self._loader.load(command.name, command.source, command.pinned, command.revision),
+                    self._loader.load(command.name, command.source, command.pinned, command.revision, command.weight),
                 )
             case UnloadAdapter(call_id=call_id, name=name, timeout=timeout):
                 self._answer(call_id, self._loader.unload(name, timeout))

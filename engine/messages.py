@@ -35,6 +35,7 @@ class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     source: str
     pinned: bool = False
     revision: str | None = None
+    weight: float = 1.0  # of its share, where --schedule-policy is fair
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -82,12 +82,11 @@ class WaitingQueue:
     def wanted_before(self, adapter: Adapter) -> set[int]:
         """adapter_ids with a waiting sequence earlier than any of this adapter's; all that wait if it has none."""
         mine = self._lines.get(adapter)
+        place = None if mine is None else self.place(mine[0])
         return {
             other.adapter_id
             for other, line in self._lines.items()
-            if other is not None
-            and other is not adapter
-            and (mine is None or self.place(line[0]) < self.place(mine[0]))
+            if other is not None and other is not adapter and (place is None or self.place(line[0]) < place)
         }
 
     def place(self, first: Sequence) -> tuple[float, ...]:

@@ -245,6 +245,10 @@ class Scheduler:
         prompt, output, limit = len(command.prompt), command.params.max_tokens, self.config.max_model_len
         if prompt < 1 or command.n < 1 or output < 0:
             raise EngineError(ErrorCode.INVALID_REQUEST, "a request needs a prompt, a choice and max_tokens from 0")
+        if command.priority and self.config.policy != "priority":
+            raise EngineError(
+                ErrorCode.INVALID_REQUEST, "a priority has a meaning only where --schedule-policy is priority"
+            )
         if command.request_id in self._roster.requests:
             raise EngineError(ErrorCode.INVALID_REQUEST, f"request {command.request_id} runs already")
         if prompt + output > limit:

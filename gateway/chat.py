@@ -42,6 +42,7 @@ async def chat_call(gateway: Gateway, request: ChatRequest) -> Call:
         params=sampling_params(gateway, request, max_tokens=limit, logprobs=logprobs),
         n=request.n or 1,
         salt=request.cache_salt,
+        priority=request.priority or 0,
         stops=StopStrings(stops) if (stops := request.stops()) else None,
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,

@@ -19,6 +19,7 @@ class Job:
     params: SamplingParams
     n: int = 1
     salt: str | None = None
+    priority: int = 0
     stops: StopStrings | None = None
     include_stop: bool = False  # a stop string or stop token is part of the text
     skip_special_tokens: bool = True

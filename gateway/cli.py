@@ -10,6 +10,7 @@ from pathlib import Path
 import gateway
 from engine.config import EngineConfig, LoraPath
 from engine.types import EngineError
+from gateway.check import check_adapter
 from gateway.flags import build_parser
 from gateway.kernels_check import require_own_kernels
 from gateway.lora_paths import demo_adapters, parse_lora_paths
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(importlib.metadata.version("loramux"))
         return 0
     try:
-        return _serve(settings_from(args, os.environ))
+        return _check(args) if args.command == "check-adapter" else _serve(settings_from(args, os.environ))
     except (SettingsError, EngineError) as error:
         print(f"loramux: error: {error}", file=sys.stderr)
         return 1
@@ -39,6 +40,10 @@ def _serve(settings: Settings) -> int:
 
     require_own_kernels()
     return run(settings)
+
+
+def _check(args: argparse.Namespace) -> int:
+    return check_adapter(args, DTYPES.get(args.dtype, args.dtype), _target_modules(args.lora_target_modules))
 
 
 def settings_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Settings:

@@ -66,6 +66,7 @@ def _job(
         ),
         n=request.n or 1,
         salt=request.cache_salt,
+        priority=request.priority or 0,
         stops=stops,
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,

@@ -5,6 +5,7 @@ from typing import NoReturn
 
 from gateway.settings import MAX_BODY_BYTES
 
+DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 BYTE_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -25,7 +26,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """`loramux serve` and `loramux version`."""
+    """`loramux serve`, `loramux check-adapter` and `loramux version`."""
     parser = Parser(prog="loramux", description="One base model and many LoRA adapters behind one OpenAI API.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser(
@@ -38,8 +39,28 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for add in (_add_model, _add_lora, _add_memory, _add_scheduling, _add_execution, _add_server):
         add(serve)
+    check = commands.add_parser(
+        "check-adapter",
+        help="say what an adapter holds and whether it can be served",
+        description="Prints what an adapter's files hold, and whether a server of this base takes it or why it does "
+        "not. Exit status 0: it does. Nothing is read of the base but its config.json.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_check(check)
     commands.add_parser("version", help="print the version")
     return parser
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("path", metavar="PATH", help="folder or Hugging Face hub id of the adapter")
+    add("--adapter-revision", help="branch, tag or commit of an adapter on the hub")
+    add("--model-path", "--model", help="folder or Hugging Face hub id of the base model (default: the demo)")
+    add("--revision", help="branch, tag or commit of a model on the hub")
+    add("--dtype", choices=DTYPES, default="auto", help="what the server runs in; auto: the checkpoint's")
+    add("--max-lora-rank", type=positive, help="largest rank that the server accepts (default: any)")
+    add("--lora-target-modules", nargs="*", metavar="MODULE", help="modules that the server accepts (default: all)")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +73,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights, for measurements")
     add(
         "--dtype",
-        choices=["auto", "float32", "float", "bfloat16", "float16", "half"],
+        choices=DTYPES,
         default="auto",
         help="of weights and arena; auto: the checkpoint's on a GPU, what the CPU multiplies natively on a CPU",
     )
@@ -71,7 +92,7 @@ def _add_lora(parser: argparse.ArgumentParser) -> None:
         action="extend",
         metavar="ADAPTER",
         help="adapters to serve: name=path, a bare path (named by its last component), or JSON "
-        '{"lora_name": ..., "lora_path": ..., "pinned": true}; a path is a folder or a hub id',
+        '{"lora_name": ..., "lora_path": ..., "pinned": true, "weight": 2}; a path is a folder or a hub id',
     )
     add("--max-loras-per-batch", type=positive, default=8, help="different adapters in one step; the base takes none")
     add(
@@ -111,7 +132,11 @@ def _add_scheduling(parser: argparse.ArgumentParser) -> None:
     add("--max-running-requests", type=positive, default=256, help="sequences in one step at most")
     add("--max-queued-requests", type=positive, help="waiting requests before new ones get a 503 (default: no limit)")
     add("--chunked-prefill-size", type=chunk_size, help="tokens a step; -1: no chunking (default: 256 CPU, 2048 GPU)")
-    add("--schedule-policy", choices=["fcfs"], default="fcfs", help="order of the queue: first come, first served")
+    add(
+        "--schedule-policy", choices=["fcfs", "priority", "fair"], default="fcfs",
+        help="order of the queue: as they came; lower 'priority' first; or the adapter that was served least for its "
+        "weight (default: fcfs)",
+    )  # fmt: skip
     add("--disable-overlap-schedule", action="store_true", help="plan a step only when the one before has ended")
 
 

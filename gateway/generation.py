@@ -41,7 +41,12 @@ class Track:
     def __init__(self, gateway: Gateway, index: int, job: Job) -> None:
         self._job = job
         self._generation = gateway.client.generate(
-            prompt=job.prompt, params=job.params, n=job.n, adapter_id=job.model.adapter_id, salt=job.salt
+            prompt=job.prompt,
+            params=job.params,
+            n=job.n,
+            adapter_id=job.model.adapter_id,
+            salt=job.salt,
+            priority=job.priority,
         )
         self._choices = [
             Choice(

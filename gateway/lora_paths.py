@@ -15,6 +15,10 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9._/-]{1,128}")
 NAME_RULE = "a name is 1 to 128 of the characters A-Z a-z 0-9 . _ / - without '..' and without a leading slash"
 
 
+# Of an adapter's share under --schedule-policy fair.
+Weight = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+
+
 class LoraEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One JSON object of --lora-paths, with SGLang's keys."""
 
@@ -22,6 +26,7 @@ class LoraEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     lora_path: Annotated[str, msgspec.Meta(min_length=1)]
     pinned: bool = False
     revision: str | None = None  # of a hub repository
+    weight: Weight = 1.0
 
 
 def name_problem(name: str, base: str) -> str | None:
@@ -73,7 +78,9 @@ def _decode(value: str) -> list[LoraEntry]:
 
 
 def _from_json(entry: LoraEntry) -> LoraPath:
-    return LoraPath(name=entry.lora_name, path=entry.lora_path, pinned=entry.pinned, revision=entry.revision)
+    return LoraPath(
+        name=entry.lora_name, path=entry.lora_path, pinned=entry.pinned, revision=entry.revision, weight=entry.weight
+    )
 
 
 def _path_problem(path: str) -> str | None:

@@ -215,6 +215,7 @@ def _job(
         params=_params(gateway, request, sampling, len(prompt.ids)),
         n=n,
         salt=request.extra_key,
+        priority=request.priority or 0,
         stops=StopStrings(stops) if (stops := sampling.stops()) else None,
         include_stop=bool(sampling.no_stop_trim),
         skip_special_tokens=sampling.skip_special_tokens is not False,

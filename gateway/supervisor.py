@@ -171,7 +171,9 @@ def restored_config(config: EngineConfig, client: EngineClient) -> EngineConfig:
         max_lora_rank=client.model.max_lora_rank,  # else they would be inferred from the adapters anew
         lora_target_modules=client.model.lora_target_modules,
         lora_paths=tuple(
-            LoraPath(name=a.name, path=a.source, pinned=a.pinned, revision=revisions.get((a.name, a.source)))
+            LoraPath(
+                name=a.name, path=a.source, pinned=a.pinned, weight=a.weight, revision=revisions.get((a.name, a.source))
+            )
             for a in served
         ),
     )
@@ -190,7 +192,9 @@ def _load_prompts(client: EngineClient, settings: Settings) -> PromptEncoder:
 
 async def _load(client: EngineClient, entry: LoraPath) -> None:
     try:
-        await client.load_adapter(entry.name, entry.path, pinned=entry.pinned, revision=entry.revision)
+        await client.load_adapter(
+            entry.name, entry.path, pinned=entry.pinned, revision=entry.revision, weight=entry.weight
+        )
     except EngineError as error:
         if error.code is ErrorCode.ENGINE_DEAD:
             raise

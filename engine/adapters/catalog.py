@@ -127,17 +127,19 @@ class Catalog:
         return len(self._by_name)
 
     def add(
-        self, name: str, source: str, *, revision: str | None = None, pinned: bool = False, now: float = 0.0
-    ) -> Adapter:
+        self, name: str, source: str, *, revision: str | None = None, pinned: bool = False, weight: float = 1.0,
+        now: float = 0.0,
+    ) -> Adapter:  # fmt: skip
         """Lists an adapter of --lora-paths, cold: it is loaded when named. Raises EngineError if the name is taken."""
         self._refuse_taken(name)
-        adapter = self._new(name, source, revision, pinned, now)
+        adapter = self._new(name, source, revision, pinned, weight, now)
         adapter.keep = True
         return adapter
 
     def begin_load(
-        self, name: str, source: str, *, revision: str | None = None, pinned: bool = False, now: float = 0.0
-    ) -> tuple[Adapter, bool]:
+        self, name: str, source: str, *, revision: str | None = None, pinned: bool = False, weight: float = 1.0,
+        now: float = 0.0,
+    ) -> tuple[Adapter, bool]:  # fmt: skip
         """(the adapter, whether the caller is to read its source).
 
         False: the very same load runs already and its outcome answers both. Raises EngineError where LoRA is off or
@@ -146,12 +148,12 @@ class Catalog:
         if not self.enabled:
             raise EngineError(ErrorCode.LORA_DISABLED, "this server was started without --enable-lora")
         old = self._by_name.get(name)
-        if old is not None and _first_load(old) and _same(old, source, revision, pinned):
+        if old is not None and _first_load(old) and _same(old, source, revision, pinned, weight):
             return old, False
         if old is not None and old.state is AdapterState.FAILED and not old.open and not old.host_pages:
             self.remove(old)
         self._refuse_taken(name)
-        adapter = self._new(name, source, revision, pinned, now)
+        adapter = self._new(name, source, revision, pinned, weight, now)
         adapter.fetching = True
         return adapter, True
 
@@ -203,8 +205,10 @@ class Catalog:
         assert all(name == adapter.name for name, adapter in self._by_name.items())
         assert all(adapter_id < self._next_id for adapter_id in self._by_id)
 
-    def _new(self, name: str, source: str, revision: str | None, pinned: bool, now: float) -> Adapter:
-        adapter = Adapter(self._fresh_id(), name, source, revision, pinned, now)
+    def _new(
+        self, name: str, source: str, revision: str | None, pinned: bool, weight: float, now: float
+    ) -> Adapter:  # fmt: skip
+        adapter = Adapter(self._fresh_id(), name, source, revision, pinned, now, weight=weight)
         self._by_name[name] = self._by_id[adapter.adapter_id] = adapter
         return adapter
 
@@ -226,5 +230,6 @@ def _first_load(adapter: Adapter) -> bool:
     return adapter.fetching and adapter.content is None and not adapter.keep and not adapter.draining
 
 
-def _same(adapter: Adapter, source: str, revision: str | None, pinned: bool) -> bool:
-    return (adapter.source, adapter.revision, adapter.pinned) == (source, revision, pinned)
+def _same(adapter: Adapter, source: str, revision: str | None, pinned: bool, weight: float) -> bool:
+    told = (adapter.source, adapter.revision, adapter.pinned, adapter.weight)
+    return told == (source, revision, pinned, weight)

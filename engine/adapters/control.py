@@ -52,21 +52,23 @@ class AdapterControl:
     # From the source to the host
 
     def list_cold(
-        self, name: str, source: str, *, revision: str | None = None, pinned: bool = False, now: float = 0.0
-    ) -> AdapterInfo:
+        self, name: str, source: str, *, revision: str | None = None, pinned: bool = False, weight: float = 1.0,
+        now: float = 0.0,
+    ) -> AdapterInfo:  # fmt: skip
         """Lists an adapter of --lora-paths that is read when it is named, or at once when it is pinned."""
-        adapter = self.catalog.add(name, source, revision=revision, pinned=pinned, now=now)
+        adapter = self.catalog.add(name, source, revision=revision, pinned=pinned, weight=weight, now=now)
         self._check_new_pin(adapter)
         return self._info(adapter)
 
     def begin_load(
-        self, name: str, source: str, *, revision: str | None = None, pinned: bool = False, now: float = 0.0
-    ) -> tuple[AdapterInfo, bool]:
+        self, name: str, source: str, *, revision: str | None = None, pinned: bool = False, weight: float = 1.0,
+        now: float = 0.0,
+    ) -> tuple[AdapterInfo, bool]:  # fmt: skip
         """(the adapter, LOADING; whether the caller is to read it). False: the same load runs already, wait for it.
 
         Raises EngineError: LoRA is off, the name is taken, too many pins.
         """
-        adapter, ours = self.catalog.begin_load(name, source, revision=revision, pinned=pinned, now=now)
+        adapter, ours = self.catalog.begin_load(name, source, revision=revision, pinned=pinned, weight=weight, now=now)
         if ours:
             self._check_new_pin(adapter)
         return self._info(adapter), ours

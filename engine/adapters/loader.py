@@ -83,18 +83,22 @@ class AdapterLoader:
             try:
                 self._reader.check_name(path.name)
                 if max_loaded is None or loaded < max_loaded:
-                    await self._load(path.name, path.path, path.pinned, path.revision)
+                    await self._load(path.name, path.path, path.pinned, path.revision, path.weight)
                     loaded += 1
                 else:
                     await asyncio.to_thread(self._reader.read, path.path, path.revision)
-                    self._control.list_cold(path.name, path.path, revision=path.revision, now=self._loop.time())
+                    self._control.list_cold(
+                        path.name, path.path, revision=path.revision, weight=path.weight, now=self._loop.time()
+                    )
             except EngineError as error:
                 raise EngineError(error.code, f"--lora-paths {path.name}={path.path}: {error.message}") from error
 
-    async def load(self, name: str, source: str, pinned: bool, revision: str | None) -> AdapterInfo:
+    async def load(
+        self, name: str, source: str, pinned: bool, revision: str | None, weight: float = 1.0
+    ) -> AdapterInfo:
         """Returns when the adapter is on the host, a pinned one in the arena. Raises EngineError with the reason."""
         self._reader.check_name(name)
-        adapter_id = await self._load(name, source, pinned, revision)
+        adapter_id = await self._load(name, source, pinned, revision, weight)
         self._announce(adapter_id)
         if pinned:
             await self._resident(adapter_id)
@@ -159,9 +163,11 @@ class AdapterLoader:
 
     # From source to host
 
-    async def _load(self, name: str, source: str, pinned: bool, revision: str | None) -> int:
+    async def _load(self, name: str, source: str, pinned: bool, revision: str | None, weight: float) -> int:
         """The adapter_id of a first load, ours or the identical one that runs already."""
-        info, ours = self._control.begin_load(name, source, revision=revision, pinned=pinned, now=self._loop.time())
+        info, ours = self._control.begin_load(
+            name, source, revision=revision, pinned=pinned, weight=weight, now=self._loop.time()
+        )
         adapter_id = info.adapter_id
         if not ours:
             await asyncio.shield(self._loads[adapter_id])

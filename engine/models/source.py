@@ -4,14 +4,20 @@ from pathlib import Path
 
 # Weights in other forms (pickles among them) are never fetched.
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+CONFIG_FILES = ["config.json", "generation_config.json"]
 
 
 class ModelSourceError(Exception):
     """A base model that cannot be had; the message says why and what to do."""
 
 
-def resolve_model(model_path: str | None, revision: str | None = None, *, progress: bool = True) -> Path:
-    """The local folder of `model_path`: the demo for None, else a folder, else a hub repository."""
+def resolve_model(
+    model_path: str | None, revision: str | None = None, *, progress: bool = True, weights: bool = True
+) -> Path:
+    """The local folder of `model_path`: the demo for None, else a folder, else a hub repository.
+
+    Without `weights` nothing but the configuration of a hub repository is fetched.
+    """
     if model_path is None:
         from engine.models.demo import ensure_demo_model
 
@@ -21,7 +27,7 @@ def resolve_model(model_path: str | None, revision: str | None = None, *, progre
         return _checked_folder(folder)
     if _looks_local(model_path):
         raise ModelSourceError(f"--model-path {model_path}: there is no such folder")
-    return _from_hub(model_path, revision)
+    return _from_hub(model_path, revision, HUB_FILES if weights else CONFIG_FILES)
 
 
 def _looks_local(model_path: str) -> bool:
@@ -37,7 +43,7 @@ def _checked_folder(folder: Path) -> Path:
     return folder.resolve()
 
 
-def _from_hub(repo: str, revision: str | None) -> Path:
+def _from_hub(repo: str, revision: str | None, files: list[str]) -> Path:
     """Fetch, or take from the hub's own cache, the files that serving needs."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -49,7 +55,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     )
 
     try:
-        return _checked_folder(Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES)))
+        return _checked_folder(Path(snapshot_download(repo, revision=revision, allow_patterns=files)))
     except HFValidationError as error:
         raise ModelSourceError(f"--model-path {repo!r}: neither a folder nor a hub repository id ({error})") from error
     except GatedRepoError as error:

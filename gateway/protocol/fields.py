@@ -50,6 +50,8 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None  # keeps the prefix cache apart
 
+    priority: Annotated[int, Meta(ge=-INT64, le=INT64 - 1)] | None = None  # lower goes first; see --schedule-policy
+
     user: str | None = None  # ignored
     metadata: dict[str, Any] | None = None  # ignored
     store: bool | None = None  # ignored
@@ -70,7 +72,3 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def stops(self) -> list[str]:
         """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-
-    def streams_usage(self) -> bool:
-        """Whether the stream ends with a usage chunk."""
-        return bool(self.stream_options and self.stream_options.include_usage)

@@ -11,7 +11,6 @@ from gateway.protocol.parse import require_neutral
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "return_hidden_states": (False,),
-    "priority": (0,),
     "image_data": (),
     "audio_data": (),
     "video_data": (),
@@ -80,10 +79,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     return_text_in_logprobs: bool | None = None
     rid: str | list[str] | None = None
     extra_key: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None  # keeps the prefix cache apart
+    priority: Annotated[int, Meta(ge=-INT64, le=INT64 - 1)] | None = None  # lower goes first; see --schedule-policy
     log_metrics: bool | None = None  # ignored
 
     return_hidden_states: bool | None = None  # this and the following: accepted at values that change nothing
-    priority: int | None = None
     image_data: Any = None
     audio_data: Any = None
     video_data: Any = None

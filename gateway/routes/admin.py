@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute, Route
 from engine.types import AdapterState, EngineError
 from gateway.disconnect import read_body
 from gateway.errors import ApiError, bad_request, from_engine
-from gateway.lora_paths import name_problem
+from gateway.lora_paths import Weight, name_problem
 from gateway.models import is_served
 from gateway.protocol.parse import not_supported, parse
 from gateway.routes.openai import gateway_of
@@ -25,6 +25,7 @@ class LoadAdapterRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     lora_name: Name
     lora_path: Name  # folder on the server, or hub id
     pinned: bool | None = None
+    weight: Weight | None = None  # of its share under --schedule-policy fair; 1 where it is not told
 
 
 class VllmLoadAdapterRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,7 +76,7 @@ def routes() -> list[BaseRoute]:
 
 async def load_lora_adapter(request: Request) -> Response:
     async def act(gateway: Gateway, body: LoadAdapterRequest) -> None:
-        await _load(gateway, body.lora_name, body.lora_path, pinned=bool(body.pinned))
+        await _load(gateway, body.lora_name, body.lora_path, pinned=bool(body.pinned), weight=body.weight or 1.0)
 
     return await _answer(request, LoadAdapterRequest, act)
 
@@ -117,10 +118,10 @@ async def vllm_unload_lora_adapter(request: Request) -> Response:
     return await _answer(request, VllmUnloadAdapterRequest, act, text="Success: the adapter is unloaded.")
 
 
-async def _load(gateway: Gateway, name: str, source: str, *, pinned: bool) -> None:
+async def _load(gateway: Gateway, name: str, source: str, *, pinned: bool, weight: float = 1.0) -> None:
     if problem := name_problem(name, gateway.client.model.served_name):
         raise bad_request(f"'lora_name': {problem}.", param="lora_name", code="adapter_invalid")
-    await gateway.client.load_adapter(name, source, pinned=pinned)
+    await gateway.client.load_adapter(name, source, pinned=pinned, weight=weight)
 
 
 async def _answer(

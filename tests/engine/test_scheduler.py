@@ -149,6 +149,22 @@ def test_an_arena_without_room_for_one_context_is_refused_with_the_longest_that_
         Scheduler(small_config(num_chunks=13, max_adapter_chunks=4))
 
 
+def test_a_priority_is_refused_where_it_would_change_nothing() -> None:
+    for policy in ("fcfs", "fair"):
+        driver = Driver(small_config(policy=policy))
+        driver.submit([1], priority=0)
+        with pytest.raises(EngineError, match="only where --schedule-policy is priority"):
+            driver.submit([1], priority=-1)
+
+
+def test_a_lower_priority_goes_first() -> None:
+    driver = Driver(small_config(policy="priority", max_running=1))
+    requests = [driver.submit([1], priority=priority, max_tokens=2) for priority in (3, 1, -2)]
+    finish(driver)
+    admitted = [admission.sequence_id for plan in driver.plans for admission in plan.admissions]
+    assert admitted == list(reversed(requests))
+
+
 # Adapters
 
 

@@ -60,7 +60,7 @@ class History:
                 n=rng.choice([1, 1, 1, 2, 4]),
                 max_tokens=rng.choice([0, 1, 2, 5, 40 - len(prompt)]),
                 salt=rng.choice([None, None, "s"]),
-                priority=rng.randrange(3),
+                priority=rng.randrange(3) * (self.driver.config.policy == "priority"),
                 min_tokens=rng.choice([0, 0, 3]),
                 stop_token_ids=rng.choice([(), (1, 2, 3, 4, 5)]),
                 ignore_eos=rng.random() < 0.3,

@@ -215,11 +215,11 @@ class FakeEngine:
         return generation
 
     async def load_adapter(
-        self, name: str, source: str, *, pinned: bool = False, revision: str | None = None
+        self, name: str, source: str, *, pinned: bool = False, revision: str | None = None, weight: float = 1.0
     ) -> AdapterInfo:
         if name in self.adapters:
             raise EngineError(ErrorCode.ADAPTER_EXISTS, f"adapter '{name}' is loaded already")
-        return self._add(name, source, pinned=pinned)
+        return self._add(name, source, pinned=pinned, weight=weight)
 
     async def unload_adapter(self, name: str, *, timeout: float = 30.0) -> None:
         self._known(name)
@@ -274,10 +274,12 @@ class FakeEngine:
             raise EngineError(ErrorCode.ADAPTER_NOT_FOUND, f"adapter '{name}' is not loaded")
         return self.adapters[name]
 
-    def _add(self, name: str, source: str, *, pinned: bool) -> AdapterInfo:
+    def _add(self, name: str, source: str, *, pinned: bool, weight: float = 1.0) -> AdapterInfo:
         state = AdapterState.RESIDENT if pinned else AdapterState.HOST
         return self._put(
-            AdapterInfo(name=name, adapter_id=next(self._ids), source=source, state=state, pinned=pinned, rank=8)
+            AdapterInfo(
+                name=name, adapter_id=next(self._ids), source=source, state=state, pinned=pinned, weight=weight, rank=8
+            )
         )
 
     def _put(self, adapter: AdapterInfo) -> AdapterInfo:

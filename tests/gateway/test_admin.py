@@ -38,7 +38,7 @@ async def failed(response: httpx.Response, status: int) -> Any:
 
 async def test_load_and_unload_answer_with_what_is_loaded(client: httpx.AsyncClient, app: App) -> None:
     response = await client.post(
-        "/load_lora_adapter", json={"lora_name": "a/b", "lora_path": "org/repo", "pinned": True}
+        "/load_lora_adapter", json={"lora_name": "a/b", "lora_path": "org/repo", "pinned": True, "weight": 2.5}
     )
     wanted = {"sql": "/adapters/sql", "a/b": "org/repo"}
     assert (response.status_code, response.json()) == (
@@ -46,6 +46,7 @@ async def test_load_and_unload_answer_with_what_is_loaded(client: httpx.AsyncCli
         {"success": True, "error_message": None, "loaded_adapters": wanted},
     )
     assert app.engine.adapters["a/b"].pinned
+    assert app.engine.adapters["a/b"].weight == 2.5
     assert (await client.get("/v1/models/llama:a/b")).status_code == 200
     response = await client.post("/unload_lora_adapter", json={"lora_name": "a/b"})
     assert response.json()["loaded_adapters"] == {"sql": "/adapters/sql"}
@@ -104,6 +105,9 @@ async def test_fields_of_the_wrong_type_are_refused(client: httpx.AsyncClient) -
     body = {"lora_name": "a", "lora_path": "/x"}
     told = await failed(await client.post("/load_lora_adapter", json=body | {"pinned": "yes"}), 400)
     assert told["error"]["param"] == "pinned"
+    for weight in (0, -1, 1e9, "2"):
+        told = await failed(await client.post("/load_lora_adapter", json=body | {"weight": weight}), 400)
+        assert told["error"]["param"] == "weight"
     told = await failed(await client.post("/v1/load_lora_adapter", json=body | {"load_inplace": True}), 400)
     assert told["error"]["code"] == "unsupported_parameter"
 

@@ -116,9 +116,10 @@ async def test_values_that_change_nothing_are_taken(client: httpx.AsyncClient, a
     sampling = {"top_k": -1, "spaces_between_special_tokens": True, "json_schema": None, "max_new_tokens": None, "n": 1}
     answer = await generate(
         client, text="hello", input_ids=None, lora_path=None, stream=False, return_logprob=False, image_data=None,
-        priority=0, rid="mine", sampling_params=sampling,
+        priority=4, rid="mine", sampling_params=sampling,
     )  # fmt: skip
     assert answer["meta_info"]["id"] == "mine"
+    assert app.engine.submissions[0].priority == 4
     assert (app.engine.submissions[0].params.top_k, app.engine.submissions[0].params.max_tokens) == (0, 128)
 
 

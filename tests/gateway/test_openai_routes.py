@@ -101,9 +101,10 @@ async def test_an_adapter(client: httpx.AsyncClient, engine: FakeEngine, gateway
 
 
 async def test_what_the_engine_is_told(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    await complete(client, seed=5, temperature=0.5, cache_salt="tenant", n=2, max_tokens=7)
+    await complete(client, seed=5, temperature=0.5, cache_salt="tenant", n=2, max_tokens=7, priority=-3)
     submission = engine.submissions[0]
     assert (submission.n, submission.salt, submission.adapter_id) == (2, "tenant", None)
+    assert submission.priority == -3
     assert (submission.params.seed, submission.params.temperature, submission.params.max_tokens) == (5, 0.5, 7)
     assert (submission.params.logprobs, submission.params.prompt_logprobs) == (None, None)
 

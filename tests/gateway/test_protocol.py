@@ -48,6 +48,7 @@ SHARED: dict[str, list[Any]] = {
     "stream": BOOLEAN,
     "stream_options": [*OBJECT, {"include_usage": 1}, {"other": 1}],
     "cache_salt": [*TEXT, ""],
+    "priority": [*INTEGER, 2**63],
     "user": TEXT,
     "metadata": OBJECT,
     "store": BOOLEAN,

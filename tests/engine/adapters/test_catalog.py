@@ -41,7 +41,7 @@ def test_identical_loads_share_one() -> None:
     assert catalog.begin_load("a", "x", revision="r") == (adapter, False)
 
 
-@pytest.mark.parametrize("other", [{"source": "y"}, {"revision": "r"}, {"pinned": True}])
+@pytest.mark.parametrize("other", [{"source": "y"}, {"revision": "r"}, {"pinned": True}, {"weight": 2.0}])
 def test_another_load_of_a_loading_name_is_refused(other: dict[str, object]) -> None:
     catalog = Catalog()
     catalog.begin_load("a", "x")
