@@ -248,6 +248,8 @@ def test_hub_fetch_takes_no_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (seen["repo"], seen["revision"]) == ("owner/name", "abc")
     for name in ("pytorch_model.bin", "model.pt", "training_args.bin", "model.pkl"):
         assert not any(fnmatch.fnmatch(name, pattern) for pattern in seen["allow_patterns"])
+    resolve_model("owner/name", weights=False)
+    assert seen["allow_patterns"] == ["config.json", "generation_config.json"]
 
 
 @pytest.mark.demo
