@@ -16,6 +16,7 @@ from gateway.app import create_app
 from gateway.banner import summary
 from gateway.engine_process import COMMAND
 from gateway.logs import configure_logging
+from gateway.malformed import HttpProtocol
 from gateway.metrics import Metrics
 from gateway.settings import Settings, SettingsError
 from gateway.supervisor import Supervisor
@@ -89,6 +90,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=HttpProtocol,
                 log_config=None,
                 access_log=False,
                 lifespan="off",

@@ -1,6 +1,7 @@
 """The server's life: start, announcement, signals, failures. The engine is a scripted process."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -62,6 +63,19 @@ async def test_it_announces_itself_serves_and_stops(tmp_path: Path, monkeypatch:
         with pytest.raises(httpx.ConnectError):
             await client.get("/health")
     assert is_gone(running.lives.pids[0])
+
+
+async def test_what_is_no_http_is_answered_like_every_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = Running(tmp_path, monkeypatch, "ready")
+    async with running:
+        reader, writer = await asyncio.open_connection(*running.listener.getsockname())
+        writer.write(b"NOT HTTP\r\n\r\n")
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert b"\r\nx-request-id: req-" in head
+        assert f"content-length: {len(body)}".encode() in head
+        assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
 async def test_an_open_stream_that_outlasts_the_grace_ends_with_an_error(
