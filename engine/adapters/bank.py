@@ -99,6 +99,10 @@ class AdapterBank:
             self._building = adapter_ids
             self._thread.submit(lambda: self._build_stack(adapter_ids))
 
+    def settle(self) -> None:
+        """Waits until all that was asked for is done; for tests."""
+        self._thread.submit(lambda: None).result()
+
     def close(self) -> None:
         """Ends the background thread."""
         self._thread.close()

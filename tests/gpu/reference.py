@@ -26,7 +26,8 @@ class DeviceReference:
         rounded: torch.dtype,
         device: str = "cuda",
     ) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self._model = model.eval().to(device)
         self._device = device
         self._adapters = {
             adapter: {place: tuple(x.to(rounded).to(dtype).to(device) for x in pair) for place, pair in weights.items()}

@@ -57,8 +57,7 @@ class LocalEngine:
             while not self.engine.scheduler.idle:  # noqa: ASYNC110 - the loop has nobody to tell but tests
                 await asyncio.sleep(0.005)
         self.engine.scheduler.check()
-        background = self.engine.worker._bank._thread.submit(lambda: None)  # behind copies and merges under way
-        await asyncio.wrap_future(background)
+        await asyncio.to_thread(self.engine.worker._bank.settle)  # behind copies and merges under way
 
 
 @contextlib.asynccontextmanager
