@@ -8,7 +8,7 @@ ARGS ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: serve test test-slow test-gpu check bench bench-gpu openapi dashboards clean
+.PHONY: serve test test-slow test-gpu check bench bench-gpu simulate openapi dashboards clean
 
 serve: $(VENV)/.run-installed
 	$(VENV)/bin/loramux serve $(ARGS)
@@ -34,6 +34,9 @@ bench: $(VENV)/.dev-installed
 
 bench-gpu: $(VENV)/.dev-installed
 	$(VENV)/bin/python -m benchmarks.gpu $(ARGS)
+
+simulate: $(VENV)/.run-installed
+	$(VENV)/bin/python -m benchmarks.simulator $(ARGS)
 
 openapi: $(VENV)/.dev-installed
 	$(VENV)/bin/python openapi/generate.py

@@ -22,6 +22,11 @@ class SlotQueue:
         self._owner: Sequence | None = None  # whom a slot is kept for
         self._draining: Adapter | None = None  # it gets no further sequences until the owner runs
 
+    @property
+    def owner(self) -> Adapter | None:
+        """Whose sequence a slot is kept for."""
+        return None if self._owner is None else self._owner.adapter
+
     def bars(self, adapter: Adapter) -> bool:
         return adapter is self._draining
 
@@ -102,4 +107,7 @@ class LoadQueue:
 
 
 def _waits(sequence: Sequence) -> bool:
-    return sequence.state is SequenceState.WAITING and sequence.adapter is not None and sequence.adapter.ready
+    adapter = sequence.adapter
+    if adapter is None or sequence.state is not SequenceState.WAITING:
+        return False
+    return adapter.on_host and adapter.error is None

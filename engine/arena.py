@@ -21,7 +21,7 @@ class Arena:
 
     def __init__(self, num_chunks: int) -> None:
         self.num_chunks = num_chunks
-        self.planned = 0  # the latest step planned; it is the clock of every least-recently-used order
+        self.planned = 0  # the latest step planned
         self.committed = 0  # the latest step committed
         self.counts = dict.fromkeys(ChunkUse, 0)
         self.counts[ChunkUse.FREE] = num_chunks

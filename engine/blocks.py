@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from engine.arena import Arena, ChunkUse
+from engine.eviction import EvictionClock
 
 
 def chain_seed(adapter_id: int | None, salt: str | None) -> bytes:
@@ -53,14 +54,15 @@ class Chain:
 class Blocks:
     """Reference counts of blocks in use, and the cache. A block nobody refers to is cached or released, never lost."""
 
-    def __init__(self, arena: Arena, block_tokens: int, *, caching: bool) -> None:
+    def __init__(self, arena: Arena, block_tokens: int, *, caching: bool, clock: EvictionClock | None = None) -> None:
         self.block_tokens = block_tokens
         self.caching = caching
         self._arena = arena
         self._refs: dict[int, int] = {}
         self._by_digest: dict[bytes, CachedBlock] = {}
         self._by_chunk: dict[int, CachedBlock] = {}
-        self._idle: OrderedDict[int, int] = OrderedDict()  # chunk -> clock when let go, oldest first
+        self._clock = EvictionClock(arena) if clock is None else clock
+        self._idle: OrderedDict[int, float] = OrderedDict()  # chunk -> clock when let go, oldest first
 
     @property
     def idle(self) -> int:
@@ -119,7 +121,7 @@ class Blocks:
                 cached = CachedBlock(digest, parent, block, chunks[index])
                 self._by_digest[digest] = self._by_chunk[chunks[index]] = cached
 
-    def oldest(self) -> int | None:
+    def oldest(self) -> float | None:
         """Clock of the block that `evict` would take; None when there is none that no uncommitted step refers to."""
         for chunk, clock in self._idle.items():
             return clock if self._arena.last_step(chunk) <= self._arena.committed else None
@@ -151,7 +153,7 @@ class Blocks:
     def _let_go(self, chunk: int) -> None:
         del self._refs[chunk]
         if chunk in self._by_chunk:
-            self._idle[chunk] = self._arena.planned
+            self._idle[chunk] = self._clock.now
             self._arena.set_use(chunk, ChunkUse.PREFIX)
         else:
             self._arena.release((chunk,))

@@ -1,6 +1,6 @@
 """Makes chunks free when the arena is full: what goes first, and what never goes. Called by the scheduler.
 
-One clock, least recently used: cached blocks and idle adapters alike. Then forks, the blocks that waiting choices
+One clock (engine/eviction.py) for cached blocks and idle adapters alike. Then forks, the blocks that waiting choices
 keep of their request's prompt. Running sequences are the scheduler's to preempt.
 """
 
@@ -9,6 +9,7 @@ from collections.abc import Collection
 from engine.adapters.residency import Residency
 from engine.arena import Arena
 from engine.blocks import Blocks
+from engine.eviction import EvictionClock
 from engine.sequence import Sequence
 
 NOTHING: frozenset[int] = frozenset()
@@ -17,10 +18,11 @@ NOTHING: frozenset[int] = frozenset()
 class Memory:
     """Obtains free chunks, and owns the forks."""
 
-    def __init__(self, arena: Arena, blocks: Blocks, residency: Residency) -> None:
+    def __init__(self, arena: Arena, blocks: Blocks, residency: Residency, clock: EvictionClock) -> None:
         self.prefix_evictions = 0
         self.forks: dict[int, Sequence] = {}  # sequence_id -> waiting sequence with blocks
         self._arena = arena
+        self._clock = clock
         self._blocks = blocks
         self._residency = residency
 
@@ -68,13 +70,14 @@ class Memory:
         return near >= count or near + self._residency.idle_chunks(protect) >= count
 
     def _evict_one(self, protect: Collection[int]) -> bool:
-        """The place for weights: what each candidate costs to bring back."""
         block = self._blocks.oldest()
-        adapter = self._residency.oldest_idle(protect)
-        if block is not None and (adapter is None or block <= adapter.idle_since):
+        adapter = self._residency.next_victim(protect)
+        if block is not None and (adapter is None or self._clock.block(block) <= self._clock.adapter(adapter)):
+            self._clock.evicted(self._clock.block(block))
             self._blocks.evict()
             self.prefix_evictions += 1
         elif adapter is not None:
+            self._clock.evicted(self._clock.adapter(adapter))
             self._residency.evict(adapter, "memory")
         else:
             return False

@@ -50,8 +50,8 @@ class Planner:
     def plan(self, pinned: Collection[Adapter], now: float) -> Flight | None:
         """The next step, or None when there is nothing to do; `pinned` adapters are loaded before all others."""
         draft = Draft(self._arena.planned + 1, self._limits.chunk)
-        draft.wanted = self._roster.queue.wanted(self._limits.max_wanted, attrgetter("on_host"))
         self._count["slot_reservations"] += self._slot_queue.review(draft.step)
+        draft.wanted = self._wanted()
         self._load_overdue(draft)
         prompts = self._decode(draft)
         draft.budget = max(draft.budget, self._limits.least)
@@ -61,6 +61,12 @@ class Planner:
             self._load(draft, pinned)
             self._admit(draft, now)
         return self._issue(draft)
+
+    def _wanted(self) -> list[Adapter]:
+        """Waiting adapters on the host in queue order, but first the one for which a slot drains."""
+        wanted = self._roster.queue.wanted(self._limits.max_wanted, attrgetter("on_host"))
+        owner = self._slot_queue.owner
+        return wanted if owner is None else [owner, *(adapter for adapter in wanted if adapter is not owner)]
 
     # Running sequences
 
@@ -117,9 +123,14 @@ class Planner:
         for adapter in [*pinned, *draft.wanted]:
             earlier.add(adapter.adapter_id)
             wants_copy = adapter.on_host and not adapter.chunks and adapter.error is None
+            wants_copy = wants_copy and (self._limits.prefetch or adapter.pinned or self._may_run(adapter))
             if wants_copy and not self._start_copy(draft, adapter, earlier):
                 starved.append(adapter)
         self._load_queue.starved(starved, draft.step)
+
+    def _may_run(self, adapter: Adapter) -> bool:
+        """Whether its sequences wait for nothing but the adapter."""
+        return self._slots.available(adapter.adapter_id) and self._roster.free_rows > 0
 
     def _start_copy(self, draft: Draft, adapter: Adapter, protect: Collection[int]) -> bool:
         if not self._memory.obtain(adapter.pages, protect):
@@ -177,8 +188,10 @@ class Planner:
         if adapter is None:
             return Verdict.ADMITTED
         if not adapter.ready:
-            adapter.awaited = True
-            return Verdict.NOT_RESIDENT
+            slot = self._slots.available(adapter.adapter_id)
+            adapter.awaited = adapter.awaited or slot
+            ageing = not self._limits.prefetch and adapter.on_host and not slot
+            return Verdict.NO_SLOT if ageing else Verdict.NOT_RESIDENT
         if self._slot_queue.bars(adapter):
             return Verdict.BARRED
         return Verdict.ADMITTED if self._slots.available(adapter.adapter_id) else Verdict.NO_SLOT

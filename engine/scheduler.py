@@ -5,6 +5,7 @@ ahead of the step that has not committed.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.adapters.catalog import Adapter, Catalog
@@ -15,6 +16,7 @@ from engine.blocks import Blocks
 from engine.commit import Committer
 from engine.config import EngineConfig
 from engine.draft import MAX_AHEAD, Flight, PlanLimits
+from engine.eviction import Costs, EvictionClock, estimated_costs
 from engine.memory import Memory
 from engine.messages import RequestFailed, SequenceOutput, Stats, Submit
 from engine.plan import StepPlan, StepResult
@@ -47,6 +49,8 @@ class SchedulerConfig:
     policy: str = "fcfs"
     prefix_cache: bool = True
     patience: int | None = 64  # steps before a slot or memory is kept for who waits; None: never
+    prefetch: bool = True  # adapters are copied before a slot is free for them
+    costs: Costs | None = None  # weights of eviction; None: least recently used
     first_adapter_id: int = 1
     unix_offset: float = 0.0  # what makes unix seconds of the `now` passed in
 
@@ -95,14 +99,18 @@ def scheduler_config(
         prefix_cache=not config.disable_radix_cache,
         first_adapter_id=first_adapter_id,
         unix_offset=unix_offset,
+        costs=estimated_costs(block_tokens, chunk_bytes, on_gpu=on_gpu),
     )
 
 
 class Scheduler:
     """Adapters are handled by `adapters`, counters by `counters`; everything else is here."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
-        """Raises ValueError when one full context and the largest adapter do not fit the arena."""
+    def __init__(self, config: SchedulerConfig, clock: Callable[[Arena], EvictionClock] | None = None) -> None:
+        """`clock` makes another order of eviction than that of `config.costs`.
+
+        Raises ValueError when one full context and the largest adapter do not fit the arena.
+        """
         if config.max_model_len > config.longest_context:
             raise ValueError(
                 f"{config.num_chunks} chunks hold no context of {config.max_model_len} tokens beside the largest"
@@ -113,9 +121,10 @@ class Scheduler:
         self._flights: deque[Flight] = deque()
         self._arena = Arena(config.num_chunks)
         self._slots = Slots(config.max_slots)
-        self._residency = Residency(self._arena, self._slots, _limits(config))
-        self._blocks = Blocks(self._arena, config.block_tokens, caching=config.prefix_cache)
-        self._memory = Memory(self._arena, self._blocks, self._residency)
+        eviction = EvictionClock(self._arena, config.costs) if clock is None else clock(self._arena)
+        self._residency = Residency(self._arena, self._slots, _limits(config), eviction)
+        self._blocks = Blocks(self._arena, config.block_tokens, caching=config.prefix_cache, clock=eviction)
+        self._memory = Memory(self._arena, self._blocks, self._residency, eviction)
         self._roster = Roster(config.max_running, config.policy, self._blocks, self._memory, self._residency)
         self.adapters = AdapterControl(
             Catalog(enabled=config.enable_lora, first_id=config.first_adapter_id), self._residency, self._roster,
@@ -128,6 +137,7 @@ class Scheduler:
             chunking=config.prefill_tokens is not None,
             max_wanted=config.max_slots,
             patience=config.patience,
+            prefetch=config.prefetch,
         )
         self._planner = Planner(
             limits, self._arena, self._blocks, self._memory, self._residency, self._slots, self._roster, self.counters

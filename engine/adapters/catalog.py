@@ -54,8 +54,8 @@ class Adapter:
     chunks: list[int] = field(default_factory=list)  # in the arena, or being copied there
     copying: bool = False
     fresh: bool = False  # copied to the arena, and no sequence of it was admitted since
-    awaited: bool = False  # a sequence was passed over because it was not resident
-    idle_since: int = 0  # arena's clock when its last sequence left
+    awaited: bool = False  # a sequence was passed over for want of it alone, not of a slot
+    idle_since: float = 0.0  # eviction's clock when its last sequence left
     last_step: int = 0  # the last step that refers to its chunks, told when its sequences leave
     draining: bool = False
     error: str | None = None  # why the last load failed

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from engine.adapters.catalog import Adapter, Hosted
 from engine.arena import Arena, ChunkUse
+from engine.eviction import EvictionClock
 from engine.plan import AdapterLoad
 from engine.slots import Slots
 from engine.types import EngineError, ErrorCode
@@ -36,8 +37,9 @@ class Limits:
 class Residency:
     """Holds no adapters of its own: it changes the places of those it is given."""
 
-    def __init__(self, arena: Arena, slots: Slots, limits: Limits) -> None:
+    def __init__(self, arena: Arena, slots: Slots, limits: Limits, clock: EvictionClock | None = None) -> None:
         self.limits = limits
+        self._eviction = EvictionClock(arena) if clock is None else clock
         self.evictions: Counter[str] = Counter()  # "tier/reason"
         self._arena = arena
         self._slots = slots
@@ -93,9 +95,9 @@ class Residency:
         if not running:
             self._now_idle(adapter)
 
-    def oldest_idle(self, protect: Collection[int]) -> Adapter | None:
+    def next_victim(self, protect: Collection[int]) -> Adapter | None:
         """The adapter that eviction takes first, none of `protect` (adapter_ids)."""
-        return next((a for a in self._idle.values() if self._evictable(a, protect)), None)
+        return self._eviction.first(a for a in self._idle.values() if self._evictable(a, protect))
 
     def idle_chunks(self, protect: Collection[int], *, later: bool = False) -> int:
         """Chunks that evicting every idle adapter but `protect` would free; `later`: after the uncommitted steps."""
@@ -202,7 +204,7 @@ class Residency:
         assert limit is None or len(self._host) <= limit
 
     def _now_idle(self, adapter: Adapter) -> None:
-        adapter.idle_since = self._arena.planned
+        adapter.idle_since = self._eviction.now
         self._idle[adapter.adapter_id] = adapter
         self._idle.move_to_end(adapter.adapter_id)
 

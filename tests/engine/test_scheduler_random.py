@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from engine.eviction import Costs
 from engine.types import EngineError, ErrorCode
 from tests.engine.simulated import Driver, random_prompt, small_config
 
@@ -142,7 +143,9 @@ def play(seed: int, operations: int = 400) -> Driver:
         max_loaded=rng.choice([None, 2, 3]),
         max_host_pages=rng.choice([None, 8]),
         max_slots=rng.choice([1, 2, 3]),
-        patience=rng.choice([1, 4]),
+        patience=rng.choice([1, 4, None]),
+        prefetch=rng.random() < 0.8,
+        costs=rng.choice([None, Costs(block=2.0, chunk=1.0, load=4.0)]),
     )
     driver = Driver(config, overlap=rng.random() < 0.7, late_loads=True)
     History(driver, seed).run(operations)

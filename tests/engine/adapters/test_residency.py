@@ -51,10 +51,10 @@ def test_a_load_takes_a_chunk_a_page_and_is_ready_when_told() -> None:
     assert load.chunks == tuple(adapter.chunks)
     assert len(load.chunks) == 3
     assert not adapter.ready
-    assert bench.residency.oldest_idle(()) is None
+    assert bench.residency.next_victim(()) is None
     bench.residency.placed(adapter)
     assert adapter.ready
-    assert bench.residency.oldest_idle(()) is adapter
+    assert bench.residency.next_victim(()) is adapter
     bench.check()
 
 
@@ -62,10 +62,10 @@ def test_the_least_recently_used_is_evicted_first() -> None:
     bench = Bench()
     one, two, three = (bench.resident() for _ in range(3))
     bench.run(one)
-    assert bench.residency.oldest_idle(()) is two
-    assert bench.residency.oldest_idle((two.adapter_id,)) is three
+    assert bench.residency.next_victim(()) is two
+    assert bench.residency.next_victim((two.adapter_id,)) is three
     bench.residency.evict(two, "memory")
-    assert bench.residency.oldest_idle(()) is three
+    assert bench.residency.next_victim(()) is three
     assert bench.residency.take_evicted() == [two.adapter_id]
     assert bench.residency.take_evicted() == []
     assert bench.residency.evictions == {"arena/memory": 1}
@@ -80,10 +80,10 @@ def test_running_pinned_and_in_flight_adapters_stay() -> None:
     pinned.pinned = True
     bench.arena.planned = 1
     bench.run(flying, last_step=1)
-    assert bench.residency.oldest_idle(()) is None
+    assert bench.residency.next_victim(()) is None
     assert bench.residency.idle_chunks(()) == 0
     bench.arena.commit(1)
-    assert bench.residency.oldest_idle(()) is flying
+    assert bench.residency.next_victim(()) is flying
     bench.check()
 
 
