@@ -17,7 +17,7 @@ GROUPING = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(
 LABEL_VALUES = re.compile(r"label_values\((.*),\s*(\w+)\)")
 LEGEND = re.compile(r"\{\{\s*(?:\$labels\.)?(\w+)\s*\}\}")
 QUOTED = re.compile(r'"[^"]*"')
-VARIABLES = {"$__rate_interval": "30s", "$instance": ".*", "$base": ".*", "$adapter": ".*"}
+VARIABLES = {"$__rate_interval": "5m", "$instance": ".*", "$base": ".*", "$adapter": ".*"}
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,20 @@
-"""The alert rules: valid by promtool, and each fires when it should and only then (alerts_test.yaml)."""
+"""Metrics and alert rules by promtool: valid, and each fires when it should and only then (alerts_test.yaml)."""
 
 import subprocess
 from pathlib import Path
 
 import yaml
 
+from tests.grafana.exported import everything
 from tests.grafana.promql import FOLDER, RULES
 from tests.grafana.tools import program
 
 CASES = Path(__file__).with_name("alerts_test.yaml")
 
 
-def promtool(*arguments: str | Path) -> None:
-    done = subprocess.run([program("promtool"), *map(str, arguments)], capture_output=True, text=True, check=False)
+def promtool(*arguments: str | Path, stdin: str = "") -> None:
+    command = [program("promtool"), *map(str, arguments)]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -22,6 +24,10 @@ def test_the_rules_are_valid() -> None:
 
 def test_the_configuration_is_valid() -> None:
     promtool("check", "config", FOLDER / "prometheus.yaml")
+
+
+def test_the_metrics_keep_prometheus_conventions() -> None:
+    promtool("check", "metrics", stdin=everything().render()[0].decode())
 
 
 def test_each_alert_fires_when_it_should_and_only_then() -> None:
