@@ -27,7 +27,7 @@ LABELLED = {
 }
 LOAD_STAGES = ("source", "host", "device")
 COUNTER_HELP = {
-    "aborted": "Sequences ended by their client.",
+    "aborted": "Sequences aborted: the client went, or a stop string was found.",
     "adapter_hits": "Sequences whose adapter was resident when they came.",
     "adapter_misses": "Sequences whose adapter had to be loaded first.",
     "discarded_rows": "Rows computed for sequences that had ended a step before.",
