@@ -25,7 +25,7 @@ from tests.support.models import read_dims
 
 GREEDY = SamplingParams(max_tokens=8, seed=1, temperature=0.0, ignore_eos=True, logprobs=2)
 SEEDED = msgspec.structs.replace(GREEDY, temperature=0.9, top_p=0.95, top_k=200)
-OTHER = msgspec.structs.replace(GREEDY, max_tokens=40, temperature=1.3, presence_penalty=0.5)
+OTHER = msgspec.structs.replace(GREEDY, max_tokens=100, temperature=1.3, presence_penalty=0.5)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Model:
         dims = read_dims(self.folder)
         narrow = self.dtype == "auto" and cpu_has_bfloat16()
         geometry = make_geometry(dims, torch.bfloat16.itemsize if narrow else torch.float32.itemsize)
-        return 1024 + geometry.block_tokens * geometry.adapter_chunks(dims, 64)
+        return 640 + geometry.block_tokens * geometry.adapter_chunks(dims, 64)
 
     def differing(self, asks: Sequence[Ask], done: Run) -> list[str]:
         """Which of the requests got something else than alone."""

@@ -90,7 +90,7 @@ async def test_chunked_prefill(zoo: Zoo, chunk: int, cut: bool) -> None:
 @pytest.mark.parametrize("disable", [False, True])
 async def test_one_step_ahead(zoo: Zoo, disable: bool) -> None:
     """In steady decode the next step is planned while the one before still runs."""
-    warm, work = asks(8, EVERYONE), asks(8, EVERYONE, max_tokens=120, most=20, seed=1)
+    warm, work = asks(8, EVERYONE), asks(8, EVERYONE, max_tokens=80, most=20, seed=1)
     async with local_engine(zoo.config(disable_overlap_schedule=disable)) as engine:
         await send(engine, warm)
         before = (await engine.stats()).counters
@@ -98,7 +98,7 @@ async def test_one_step_ahead(zoo: Zoo, disable: bool) -> None:
     check(done, zoo)
     steps = done["steps"] - before["steps"]
     ahead = done["steps_planned_ahead"] - before["steps_planned_ahead"]
-    assert steps >= 120
+    assert steps >= 80
     assert ahead == 0 if disable else ahead >= 0.95 * steps
 
 
@@ -176,14 +176,15 @@ async def test_siblings_share_their_prompt(zoo: Zoo) -> None:
     assert done["prefix_hit_tokens"] >= sum(2 * ((len(ask.prompt) - 1) // 16 * 16) for ask in work)
 
 
-async def test_everything_at_once(zoo: Zoo) -> None:
+@pytest.mark.parametrize("seed", [3, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 14))])
+async def test_everything_at_once(zoo: Zoo, seed: int) -> None:
     """Few slots, few chunks, short steps, arrivals all the time, and clients that go away."""
     config = zoo.config(
         context_length=160, max_total_tokens=5700, max_loras_per_batch=3, max_loaded_loras=5, chunked_prefill_size=32,
         max_running_requests=10,
     )  # fmt: skip
     shared = prompts(1, 33, 33, seed=9)[0]
-    work = [Ask(shared + a.prompt, a.adapter, a.params) for a in asks(40, EVERYONE, most=60, max_tokens=20, seed=3)]
+    work = [Ask(shared + a.prompt, a.adapter, a.params) for a in asks(40, EVERYONE, most=60, max_tokens=20, seed=seed)]
     async with local_engine(config) as engine:
         sent = []
         for index, ask in enumerate(work):

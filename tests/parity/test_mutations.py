@@ -24,7 +24,7 @@ FIRST, EVERYONE = next(iter(ADAPTERS)), (None, *ADAPTERS)
 
 def work() -> list[Ask]:
     """Everyone with prompts of their own, and with one long prompt that all have in common."""
-    own = asks(8, EVERYONE, least=4, most=30)
+    own = asks(8, EVERYONE, least=4, most=30, max_tokens=6)
     shared = prompts(1, 50, 50, seed=8)[0]
     return [*own, *(Ask(shared, ask.adapter, ask.params) for ask in reversed(own))]
 
