@@ -42,7 +42,7 @@ openapi: $(VENV)/.dev-installed
 	$(VENV)/bin/python openapi/generate.py
 
 dashboards: $(VENV)/.dev-installed
-	$(VENV)/bin/python grafana/generate.py
+	$(VENV)/bin/python grafana/make_dashboards.py
 
 $(VENV)/.run-installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "loramux needs Python 3.11 or newer; name one with PYTHON=...")'

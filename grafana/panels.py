@@ -1,4 +1,4 @@
-"""What the two dashboards show: panels and their queries, in the order in which they stand. Read by generate.py."""
+"""What the two dashboards show: panels and queries, in the order in which they stand. Read by make_dashboards.py."""
 
 from dataclasses import dataclass
 

@@ -60,7 +60,7 @@ def test_variables_take_labels_that_exist(labels: Mapping[str, frozenset[str]]) 
 
 
 def test_the_dashboards_are_fresh() -> None:
-    command = [sys.executable, str(FOLDER / "generate.py"), "--check"]
+    command = [sys.executable, str(FOLDER / "make_dashboards.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

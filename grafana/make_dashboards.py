@@ -1,4 +1,4 @@
-"""Writes the dashboards of this folder from panels.py: `python grafana/generate.py`. A test fails where one is stale.
+"""Writes the dashboards from panels.py: `python grafana/make_dashboards.py`. A test fails where one is stale.
 
 With `--check` it writes nothing and fails where a file differs.
 """
