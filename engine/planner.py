@@ -123,14 +123,15 @@ class Planner:
         for adapter in [*pinned, *draft.wanted]:
             earlier.add(adapter.adapter_id)
             wants_copy = adapter.on_host and not adapter.chunks and adapter.error is None
-            wants_copy = wants_copy and (self._limits.prefetch or adapter.pinned or self._may_run(adapter))
-            if wants_copy and not self._start_copy(draft, adapter, earlier):
+            needed = adapter.pinned or self._may_run(adapter)  # the others' copies are ahead of their slots
+            wants_copy = wants_copy and (needed or self._limits.prefetch)
+            if wants_copy and not self._start_copy(draft, adapter, earlier) and needed:
                 starved.append(adapter)
         self._load_queue.starved(starved, draft.step)
 
     def _may_run(self, adapter: Adapter) -> bool:
-        """Whether its sequences wait for nothing but the adapter."""
-        return self._slots.available(adapter.adapter_id) and self._roster.free_rows > 0
+        """Whether its sequences find a slot, or have one kept for them."""
+        return adapter is self._slot_queue.owner or self._slots.available(adapter.adapter_id)
 
     def _start_copy(self, draft: Draft, adapter: Adapter, protect: Collection[int]) -> bool:
         if not self._memory.obtain(adapter.pages, protect):
@@ -190,8 +191,7 @@ class Planner:
         if not adapter.ready:
             slot = self._slots.available(adapter.adapter_id)
             adapter.awaited = adapter.awaited or slot
-            ageing = not self._limits.prefetch and adapter.on_host and not slot
-            return Verdict.NO_SLOT if ageing else Verdict.NOT_RESIDENT
+            return Verdict.NO_SLOT if adapter.on_host and not slot else Verdict.NOT_RESIDENT
         if self._slot_queue.bars(adapter):
             return Verdict.BARRED
         return Verdict.ADMITTED if self._slots.available(adapter.adapter_id) else Verdict.NO_SLOT
