@@ -6,9 +6,10 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
-from engine.adapters.loader import AdapterLoader
+from engine.adapters.host import HostTier
+from engine.adapters.loader import AdapterLoader, AdapterReader
 from engine.adapters.names import check_adapter_name
 from engine.client import EngineClient
 from engine.config import LoraPath
@@ -205,12 +206,12 @@ async def harness(
     wake = asyncio.Event()
     loader = AdapterLoader(
         scheduler.adapters,
-        host,
+        cast(HostTier, host),
         worker,
-        reader,
+        cast(AdapterReader, reader),
         scheduler.counters,
         engine_end.post,
-        wake,  # type: ignore[arg-type]
+        wake,
     )
     pipeline = Pipeline(worker)
     loop = EngineLoop(scheduler, loader, pipeline, engine_end, wake, overlap=overlap, hung_after=hung_after)

@@ -14,7 +14,8 @@ class Reference:
     """A checkpoint and adapters by name. One forward pass over a whole sequence; what was asked once is remembered."""
 
     def __init__(self, model: Path, adapters: Mapping[str, Path] | None = None) -> None:
-        self._base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self._base = base.eval()
         self._peft: Any = None
         self._known: dict[tuple[str | None, tuple[int, ...]], Tensor] = {}
         for name, folder in (adapters or {}).items():

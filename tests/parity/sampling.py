@@ -68,7 +68,8 @@ def keep(probs: Row, params: SamplingParams, change: float) -> NDArray[np.bool_]
         head = order[:count].cumsum()
         least = max(least, order[min(int((head < (params.top_p + change) * head[-1]).sum()), len(head) - 1)])
     least = max(least, params.min_p * order[0] * (1 + change))
-    return probs >= least * (1 - 1e-9)
+    kept: NDArray[np.bool_] = probs >= least * (1 - 1e-9)
+    return kept
 
 
 def draw(weights: Row, noise: float) -> int:

@@ -9,6 +9,7 @@ import pytest
 
 from engine.types import FinishReason, SamplingParams
 from engine.worker import sampler
+from engine.worker.noise import uniform
 from tests.parity import sampling
 from tests.parity.judge import Ask
 from tests.parity.zoo import Zoo, prompts
@@ -95,7 +96,7 @@ async def test_endings(zoo: Zoo) -> None:
     """End tokens, stop ids, min_tokens, ignore_eos, and max_tokens 0."""
     bias = {EOS_TOKEN: 9.0}
     (prompt,) = prompts(1, 9, 9)
-    cases = {
+    cases: dict[str, dict[str, Any]] = {
         "end token": {"logit_bias": bias, "ignore_eos": False},
         "ignored": {"logit_bias": bias},
         "ignored but a stop id": {"logit_bias": bias, "stop_token_ids": (EOS_TOKEN,)},
@@ -123,15 +124,15 @@ def _no_penalties(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _no_counter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "uniform", lambda seed, choice, index: sampling.uniform(seed, choice, 0))
+    monkeypatch.setattr(sampler, "uniform", lambda seed, choice, index: uniform(seed, choice, 0))
 
 
 def _no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "uniform", lambda seed, choice, index: sampling.uniform(seed, 0, index))
+    monkeypatch.setattr(sampler, "uniform", lambda seed, choice, index: uniform(seed, 0, index))
 
 
 def _no_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "uniform", lambda seed, choice, index: sampling.uniform(0, choice, index))
+    monkeypatch.setattr(sampler, "uniform", lambda seed, choice, index: uniform(0, choice, index))
 
 
 def _no_filters(monkeypatch: pytest.MonkeyPatch) -> None:
