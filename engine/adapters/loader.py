@@ -4,7 +4,7 @@ Decisions are AdapterControl's; whatever blocks (files, the hub, filling pages) 
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
@@ -76,22 +76,28 @@ class AdapterLoader:
 
     # Calls
 
-    async def start(self, paths: Iterable[LoraPath], max_loaded: int | None) -> None:
-        """Loads --lora-paths; those beyond `max_loaded` are checked and listed. Raises EngineError naming the path."""
-        loaded = 0
-        for path in sorted(paths, key=lambda path: not path.pinned):
+    async def start(self, paths: Sequence[LoraPath], max_loaded: int | None) -> None:
+        """Loads --lora-paths in their order. Those beyond `max_loaded` are checked and listed; pinned ones load always.
+
+        Raises EngineError naming the path.
+        """
+        pinned = sum(path.pinned for path in paths)
+        room = len(paths) if max_loaded is None else max_loaded - pinned
+        for path in paths:
+            loads = path.pinned or room > 0
+            room -= loads and not path.pinned
             try:
-                self._reader.check_name(path.name)
-                if max_loaded is None or loaded < max_loaded:
-                    await self._load(path.name, path.path, path.pinned, path.revision, path.weight)
-                    loaded += 1
-                else:
-                    await asyncio.to_thread(self._reader.read, path.path, path.revision)
-                    self._control.list_cold(
-                        path.name, path.path, revision=path.revision, weight=path.weight, now=self._loop.time()
-                    )
+                await self._start_one(path, loads)
             except EngineError as error:
                 raise EngineError(error.code, f"--lora-paths {path.name}={path.path}: {error.message}") from error
+
+    async def _start_one(self, path: LoraPath, loads: bool) -> None:
+        self._reader.check_name(path.name)
+        if loads:
+            await self._load(path.name, path.path, path.pinned, path.revision, path.weight)
+            return
+        await asyncio.to_thread(self._reader.read, path.path, path.revision)
+        self._control.list_cold(path.name, path.path, revision=path.revision, weight=path.weight, now=self._loop.time())
 
     async def load(
         self, name: str, source: str, pinned: bool, revision: str | None, weight: float = 1.0

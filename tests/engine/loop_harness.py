@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -195,7 +195,7 @@ class Harness:
 
 @contextlib.asynccontextmanager
 async def harness(
-    *, paths: Iterable[LoraPath] = (), sources: dict[str, str] | None = None, overlap: bool = True,
+    *, paths: Sequence[LoraPath] = (), sources: dict[str, str] | None = None, overlap: bool = True,
     hung_after: float = 60.0, fails: bool = False, **sizes: Any,
 ) -> AsyncIterator[Harness]:  # fmt: skip
     """A running loop; checks at the end that it ran well (or, with `fails`, leaves its failure to the test)."""

@@ -108,9 +108,9 @@ async def test_start_loads_what_fits_and_lists_the_rest() -> None:
     sources = {"a": "one", "b": "two", "c": "three", "d": "four"}
     async with harness(paths=paths(*sources, pinned=("d",)), sources=sources, max_loaded=3) as engine:
         await engine.told()
-        assert engine.reader.reads == ["d", "a", "b", "c"], "pinned ones first, and all are checked"
-        assert state(engine, "c") is AdapterState.COLD
-        assert set(engine.client.adapters) == set(sources)
+        assert engine.reader.reads == ["a", "b", "c", "d"], "all are checked"
+        assert state(engine, "c") is AdapterState.COLD, "the pinned one behind it counts"
+        assert list(engine.client.adapters) == list(sources)
         assert (await engine.ask("c")).finish is FinishReason.LENGTH
         assert state(engine, "d") is AdapterState.RESIDENT
 
