@@ -9,10 +9,11 @@ from operator import attrgetter
 
 from engine.adapters.catalog import Adapter
 from engine.adapters.residency import Residency
-from engine.ageing import LoadQueue, SlotQueue
+from engine.ageing import SlotQueue
 from engine.arena import Arena
 from engine.blocks import Blocks
-from engine.draft import MAX_AHEAD, Draft, Flight, PlanLimits, Verdict
+from engine.draft import Draft, Flight, PlanLimits, Verdict
+from engine.loading import Loading
 from engine.memory import Memory
 from engine.plan import Admission, SequenceStep, StepPlan
 from engine.roster import Roster
@@ -39,26 +40,25 @@ class Planner:
         self._arena = arena
         self._blocks = blocks
         self._memory = memory
-        self._residency = residency
         self._slots = slots
         self._roster = roster
         self._count = recorder.counters
         self._recorder = recorder
         self._slot_queue = SlotQueue(limits.patience, limits.least, roster)
-        self._load_queue = LoadQueue(limits.patience)
+        self._loading = Loading(limits, memory, residency, slots, roster, self._slot_queue, recorder)
 
     def plan(self, pinned: Collection[Adapter], now: float) -> Flight | None:
         """The next step, or None when there is nothing to do; `pinned` adapters are loaded before all others."""
         draft = Draft(self._arena.planned + 1, self._limits.chunk)
         self._count["slot_reservations"] += self._slot_queue.review(draft.step)
         draft.wanted = self._wanted()
-        self._load_overdue(draft)
+        self._loading.overdue(draft)
         prompts = self._decode(draft)
         draft.budget = max(draft.budget, self._limits.least)
         for sequence in prompts:
             self._continue_prompt(draft, sequence)
         if not draft.tight:
-            self._load(draft, pinned)
+            self._loading.start(draft, pinned)
             self._admit(draft, now)
         return self._issue(draft)
 
@@ -94,8 +94,9 @@ class Planner:
         alone = len(self._roster.running) == 1  # nobody else's end makes room
         while not (self._memory.obtain(1, self._about_to_run(draft)) or (alone and self._memory.obtain(1))):
             draft.tight = True
-            if self._memory.soon() or not self._preempt_latest():
+            if self._memory.soon() or not self._roster.preempt_latest():
                 return False
+            self._count["preemptions"] += 1
             if sequence.state is not SequenceState.RUNNING:
                 return False
         sequence.blocks += self._blocks.allocate(1)
@@ -104,62 +105,12 @@ class Planner:
     def _about_to_run(self, draft: Draft) -> list[int]:
         """Adapters that the next admission may need: who came later is preempted rather than these evicted again."""
         wanted = [a.adapter_id for a in draft.wanted if a.ready and self._slots.available(a.adapter_id)]
-        return [*wanted, *self._load_queue.kept]
-
-    def _preempt_latest(self) -> bool:
-        running = self._roster.running
-        if len(running) == 1:
-            return False
-        self._roster.preempt(running[next(reversed(running))])
-        self._count["preemptions"] += 1
-        return True
-
-    # Loads
-
-    def _load(self, draft: Draft, pinned: Collection[Adapter]) -> None:
-        """Starts copies: pinned adapters, then those wanted first in the queue, none at the cost of an earlier one."""
-        earlier = self._load_queue.kept
-        starved = []
-        for adapter in [*pinned, *draft.wanted]:
-            earlier.add(adapter.adapter_id)
-            wants_copy = adapter.on_host and not adapter.chunks and adapter.error is None
-            needed = adapter.pinned or self._may_run(adapter)  # the others' copies are ahead of their slots
-            wants_copy = wants_copy and (needed or self._limits.prefetch)
-            if wants_copy and not self._start_copy(draft, adapter, earlier) and needed:
-                starved.append(adapter)
-        self._load_queue.starved(starved, draft.step)
-
-    def _may_run(self, adapter: Adapter) -> bool:
-        """Whether its sequences find a slot, or have one kept for them."""
-        return adapter is self._slot_queue.owner or self._slots.available(adapter.adapter_id)
-
-    def _start_copy(self, draft: Draft, adapter: Adapter, protect: Collection[int]) -> bool:
-        if not self._memory.obtain(adapter.pages, protect):
-            return False
-        if adapter is self._load_queue.due(draft.step):
-            self._load_queue.granted(adapter)
-            self._count["load_reservations"] += 1
-        draft.loads.append(self._residency.place(adapter))
-        return True
-
-    def _load_overdue(self, draft: Draft) -> None:
-        """The load whose bound has passed goes before everything else, and running sequences make way for it."""
-        adapter = self._load_queue.overdue(draft.step)
-        if adapter is None:
-            return
-        while not self._memory.comes(adapter.pages + MAX_AHEAD * len(self._roster.running)):  # which may grow meanwhile
-            if self._memory.forks:
-                self._memory.drop_fork()
-            elif self._preempt_latest():
-                self._count["load_preemptions"] += 1
-            else:
-                break
-        self._start_copy(draft, adapter, ())
+        return [*wanted, *self._loading.queue.kept]
 
     # Admissions
 
     def _admit(self, draft: Draft, now: float) -> None:
-        if not self._roster.free_rows or self._load_queue.due(draft.step):
+        if not self._roster.free_rows or self._loading.queue.due(draft.step):
             return
         scan = self._roster.queue.scan()
         earlier: set[int] = set()
@@ -210,7 +161,7 @@ class Planner:
         own = () if sequence.adapter is None else (sequence.adapter.adapter_id,)
         running = len(self._roster.running)
         spare, protect = -(-running // 4), {*earlier, *own}
-        room = self._memory.obtain(need, protect | self._load_queue.kept, spare)
+        room = self._memory.obtain(need, protect | self._loading.queue.kept, spare)
         if not (room or (not running and self._memory.obtain(need, protect))):
             self._put_back(sequence, kept, forked)
             return False

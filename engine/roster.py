@@ -102,6 +102,13 @@ class Roster:
         self.tally(sequence.adapter).waiting += 1
         self.queue.push(sequence)
 
+    def preempt_latest(self) -> bool:
+        """Preempts the sequence admitted last; False where none but the oldest runs, which never is."""
+        if len(self.running) <= 1:
+            return False
+        self.preempt(self.running[next(reversed(self.running))])
+        return True
+
     def prompt_done(self, request: Request, parent: Sequence | None, shared: int) -> None:
         """The held choices need not wait any more; they share the first `shared` blocks of `parent`."""
         request.prompt_done = True

@@ -154,3 +154,18 @@ def test_without_the_rule_a_load_starves() -> None:
     driver.submit([1, 2, 3], "largest", max_tokens=2)
     assert steps_until_loaded(driver, rng, 300) == 300
     assert driver.counter("load_preemptions") == 0
+
+
+def test_a_load_waits_for_copies_that_hold_the_memory() -> None:
+    driver = Driver(small_config(num_chunks=14, max_slots=4, patience=0), late_loads=True)
+    for name in "abcd":
+        driver.add(name, 4)
+        driver.submit([1, 2], name, max_tokens=2)
+    for _ in range(3):
+        driver.step()
+    assert len(driver.copying) == 3
+    assert driver.scheduler.stats().running == 0
+    driver.late_loads = False
+    driver.run()
+    driver.check_outputs()
+    assert len(driver.requests) == 4
