@@ -103,7 +103,8 @@ class LoadQueue:
         adapter, since = next(iter(self._since.items()))
         wanted = adapter.pinned or adapter.tally.waiting
         loadable = adapter.on_host and not adapter.chunks and adapter.error is None and not adapter.draining
-        return adapter if wanted and loadable and step - since >= times * self._patience else None
+        patience = max(self._patience, 1)  # else nobody were ever admitted between two loads
+        return adapter if wanted and loadable and step - since >= times * patience else None
 
 
 def _waits(sequence: Sequence) -> bool:

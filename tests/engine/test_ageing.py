@@ -157,15 +157,15 @@ def test_without_the_rule_a_load_starves() -> None:
 
 
 def test_a_load_waits_for_copies_that_hold_the_memory() -> None:
-    driver = Driver(small_config(num_chunks=14, max_slots=4, patience=0), late_loads=True)
-    for name in "abcd":
-        driver.add(name, 4)
+    driver = Driver(small_config(num_chunks=14, max_slots=6, patience=1), late_loads=True)
+    for name in "abcdef":
+        driver.add(name, 4 if name in "abcd" else 1)
         driver.submit([1, 2], name, max_tokens=2)
-    for _ in range(3):
-        driver.step()
-    assert len(driver.copying) == 3
+        if name >= "d":  # a plan of loads alone for each of the last two
+            driver.step()
+    driver.plan()
+    assert len(driver.copying) == 5
     assert driver.scheduler.stats().running == 0
     driver.late_loads = False
     driver.run()
     driver.check_outputs()
-    assert len(driver.requests) == 4
