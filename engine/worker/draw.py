@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-HEAD = 256  # the most likely tokens looked at first; rows that need more are sorted whole
-SLAB = 32  # rows drawn at once; bounds the float64 scratch
+from engine.worker.search import inverse_cdf
+
+HEAD = 128  # the most likely tokens looked at first; then eight times as many, again and again
+SLAB = 8  # rows drawn at once, so that they stay in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +40,10 @@ def draw(logits: Tensor, params: DrawParams) -> Tensor:
 def _draw(logits: Tensor, params: DrawParams) -> Tensor:
     shifted = logits - logits.amax(-1, keepdim=True)  # so that a small temperature cannot overflow
     probs = shifted.div_(params.temperature[:, None]).softmax(-1)
-    cumulated = probs.masked_fill(probs < threshold(probs, params)[:, None], 0.0).double().cumsum(-1)
-    target = params.uniform[:, None] * cumulated[:, -1:]
-    # a row of NaN, which a broken adapter can make, gets some token too: an index out of range would end the engine
-    return torch.searchsorted(cumulated, target, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+    least = threshold(probs, params)
+    if (least > 0).any():
+        probs.masked_fill_(probs < least[:, None], 0.0)
+    return inverse_cdf(probs, params.uniform)
 
 
 def threshold(probs: Tensor, params: DrawParams) -> Tensor:
@@ -49,21 +51,22 @@ def threshold(probs: Tensor, params: DrawParams) -> Tensor:
     least = params.min_p * probs.amax(-1)
     filtered = ((params.top_k > 0) | (params.top_p < 1.0)).nonzero()[:, 0]
     if len(filtered):
-        kept = _ranked_threshold(probs[filtered], params.top_k[filtered], params.top_p[filtered])
+        kept = _ranked_threshold(_rows(probs, filtered), params.top_k[filtered], params.top_p[filtered])
         least[filtered] = torch.maximum(least[filtered], kept)
     return least
 
 
 def _ranked_threshold(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """The filters that need an order, over the head of each row first and over whole rows where that is too short."""
+    """The filters that need an order, over the head of each row, a longer one where that is too short."""
     vocab = probs.shape[-1]
-    if vocab <= HEAD:
-        return _from_sorted(probs.sort(-1, descending=True).values, probs, top_k, top_p)[0]
-    least, enough = _from_sorted(probs.topk(HEAD, -1).values, probs, top_k, top_p)
-    rest = (~enough).nonzero()[:, 0]
-    if len(rest):
-        ordered = probs[rest].sort(-1, descending=True).values
-        least[rest] = _from_sorted(ordered, probs[rest], top_k[rest], top_p[rest])[0]
+    least, rest = probs.new_empty(probs.shape[0]), torch.arange(probs.shape[0], device=probs.device)
+    for width in (HEAD, 8 * HEAD, 64 * HEAD, vocab):
+        some = _rows(probs, rest)
+        ordered = some.topk(width, -1).values if width < vocab else some.sort(-1, descending=True).values
+        least[rest], enough = _from_sorted(ordered, some, top_k[rest], top_p[rest])
+        rest = rest[~enough]
+        if width >= vocab or not len(rest):
+            break
     return least
 
 
@@ -78,3 +81,8 @@ def _from_sorted(ordered: Tensor, probs: Tensor, top_k: Tensor, top_p: Tensor) -
     last = torch.minimum(torch.where(top_p < 1.0, needed, probs.shape[-1]), count - 1)
     enough = (last < width) & ((count <= width) | (top_k == 0))  # else what top-k leaves is not known
     return ordered.gather(-1, last.clamp(max=width - 1)[:, None])[:, 0], enough
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """Those rows, without a copy where they are all."""
+    return values if len(index) == len(values) else values[index]

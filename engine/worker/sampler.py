@@ -14,8 +14,7 @@ from engine.types import SamplingParams
 from engine.worker.draw import DrawParams, draw
 from engine.worker.noise import uniform
 from engine.worker.rows import Rows, RowState
-
-PART = 1024  # logits of a row that are looked at together: a maximum is found faster than its place
+from engine.worker.search import argmax
 
 
 class Sampler:
@@ -130,16 +129,6 @@ class Sampler:
 
     def _tensor(self, values: Sequence[float], dtype: type[np.generic]) -> Tensor:
         return torch.from_numpy(np.array(values, dtype)).to(self._device)
-
-
-def argmax(logits: Tensor) -> Tensor:
-    """[rows, vocab] -> [rows] int64, the first of equals. Looks for the best part of a row, then only within that."""
-    rows, vocab = logits.shape
-    if vocab % PART:
-        return logits.argmax(-1)
-    parts = logits.view(rows, -1, PART)
-    best = parts.amax(-1).argmax(-1)
-    return parts[torch.arange(rows, device=logits.device), best].argmax(-1) + best * PART
 
 
 def has_penalties(params: SamplingParams) -> bool:
