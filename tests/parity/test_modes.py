@@ -4,14 +4,16 @@ Each test asserts from counters that what it is about happened.
 """
 
 import asyncio
+import time
 
 import pytest
 
 from engine.models.dims import LORA_MODULES
+from engine.plan import StepPlan
 from tests.parity.judge import Ask
 from tests.parity.runs import Run, run, send, shuffled
 from tests.parity.zoo import ADAPTERS, SHAPES, Zoo, asks, make_zoo, prompts
-from tests.support.engine import local_engine
+from tests.support.engine import LocalEngine, local_engine
 
 EVERYONE = (None, *ADAPTERS)
 SMALL = ("one", "five", "first-layer")  # adapters that leave a small arena room for sequences
@@ -29,7 +31,9 @@ async def test_odd_shapes(shape: str, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize("lora_stack", [True, False])
 async def test_alone(zoo: Zoo, lora_stack: bool) -> None:
-    done = await run(zoo.config(lora_stack=lora_stack), asks(8, EVERYONE, prompt_logprobs=2), alone=True)
+    work = asks(8, EVERYONE, prompt_logprobs=2)
+    # Twice each: the stack that the first asks for is there when the second comes.
+    done = await run(zoo.config(lora_stack=lora_stack), *([ask] for ask in work for _ in range(2)))
     check(done, zoo)
     assert done["mixed_adapter_steps"] == 0
     assert (done.lora_steps["stacked"] > 0) == lora_stack
@@ -94,12 +98,24 @@ async def test_one_step_ahead(zoo: Zoo, disable: bool) -> None:
     async with local_engine(zoo.config(disable_overlap_schedule=disable)) as engine:
         await send(engine, warm)
         before = (await engine.stats()).counters
+        _as_slow_as_a_real_model(engine)
         done = Run(work, await send(engine, work), await engine.stats())
     check(done, zoo)
     steps = done["steps"] - before["steps"]
     ahead = done["steps_planned_ahead"] - before["steps_planned_ahead"]
     assert steps >= 80
     assert ahead == 0 if disable else ahead >= 0.95 * steps
+
+
+def _as_slow_as_a_real_model(engine: LocalEngine, seconds: float = 0.02) -> None:
+    """A tiny model's step ends before a busy machine has let the loop plan at all."""
+    worker, forward = engine.engine.worker, engine.engine.worker.forward
+
+    def slow(plan: StepPlan) -> None:
+        forward(plan)
+        time.sleep(seconds)
+
+    worker.forward = slow  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("overlap", [True, False])
