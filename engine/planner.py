@@ -110,7 +110,8 @@ class Planner:
     # Admissions
 
     def _admit(self, draft: Draft, now: float) -> None:
-        if not self._roster.free_rows or self._loading.queue.due(draft.step):
+        frees = bool(self._roster.running)  # else nothing ends that a due load could wait for, and nobody would move
+        if not self._roster.free_rows or (frees and self._loading.queue.due(draft.step)):
             return
         scan = self._roster.queue.scan()
         earlier: set[int] = set()
