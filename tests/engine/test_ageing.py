@@ -169,3 +169,24 @@ def test_a_load_waits_for_copies_that_hold_the_memory() -> None:
     driver.late_loads = False
     driver.run()
     driver.check_outputs()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_due_load_does_not_stop_an_engine_in_which_nothing_runs(seed: int) -> None:
+    """Adapters of which few fit at once beside little KV: whoever was loaded for its turn also gets it."""
+    driver = Driver(
+        small_config(
+            num_chunks=38, block_tokens=16, max_model_len=160, max_running=24, prefill_tokens=64, max_slots=SLOTS,
+            max_adapter_chunks=27, patience=8 + seed, prefix_cache=False,
+        )
+    )  # fmt: skip
+    rng = random.Random(seed)
+    names = [None, "one", "two", "seven", "large", "other"]
+    for name, pages in zip(names[1:], (1, 2, 7, 27, 7), strict=True):
+        driver.add(str(name), pages)
+    for index in range(48):
+        prompt = [rng.randrange(1, 50) for _ in range(rng.randint(1, 60))]
+        driver.submit(prompt, names[index % len(names)], max_tokens=rng.choice((6, 60)), ignore_eos=True)
+    driver.run()
+    driver.check_outputs()
+    assert driver.counter("load_reservations") > 0
