@@ -142,6 +142,7 @@ async def run(args: argparse.Namespace) -> None:
                 bench = Bench(report, {"float32": fp32, "bfloat16": bf16}, peers, args.runs)
                 for part in parts:
                     await part(bench)
+                    report.save(args.out)  # a long run that is cut off keeps what it has
     print(f"kept as {report.save(args.out)}")
 
 
