@@ -14,14 +14,14 @@ from torch import Tensor
 from engine.adapters.device_bank import DeviceBank
 from engine.models.device_decoder import DeviceDecoder, StepTensors
 from engine.models.weights import Progress
-from engine.plan import SequenceResult, SequenceStep, StepPlan, StepResult
-from engine.types import TokenLogprob
+from engine.plan import SequenceStep, StepPlan, StepResult
 from engine.worker.accelerator import Accelerator
 from engine.worker.batch import Span
 from engine.worker.device_batch import Packed, Packer
 from engine.worker.device_logprobs import LogprobRows, logprob_rows
 from engine.worker.device_sampler import DeviceSampler, SampleTensors
 from engine.worker.graphs import Graphs
+from engine.worker.results import sequence_result
 from engine.worker.rows import Rows
 from engine.worker.runner import Pending
 from engine.worker.shapes import Shapes, StepShape, windowed
@@ -152,7 +152,7 @@ class DeviceRunner:
             ids = dict(zip((step.row for step in steps), result[: len(steps)].tolist(), strict=True))
             told = {} if logprobs is None else dict(zip((steps[i].row for i in asked), logprobs.read(), strict=True))
             found = {row: [x for part in parts for x in part.read()] for row, parts in prompts.items()}
-            results = [_result(step, ids, told, found) for step in plan.sequences]
+            results = [sequence_result(step, ids, told, found) for step in plan.sequences]
             return StepResult(plan.step, results, time.perf_counter() - flight.started)
 
         return Pending(collect)
@@ -250,16 +250,3 @@ class DeviceRunner:
             self._decoder.logits(logits, rows)
             top = [state.params.prompt_logprobs or 0] * len(some)
             yield logprob_rows(logits, self._index(list(some)), top, self._accelerator)
-
-
-def _result(
-    step: SequenceStep,
-    ids: Mapping[int, int],
-    logprobs: Mapping[int, TokenLogprob],
-    prompts: Mapping[int, list[TokenLogprob]],
-) -> SequenceResult:
-    return SequenceResult(
-        tokens=[ids[step.row]] if step.sample else [],
-        logprobs=[logprobs[step.row]] if step.sample and step.row in logprobs else None,
-        prompt_logprobs=prompts.get(step.row),
-    )

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from engine.layers.attention import TorchAttention
 from engine.models.decoder import Decoder
-from engine.plan import SequenceResult, SequenceStep, StepPlan, StepResult
+from engine.plan import SequenceStep, StepPlan, StepResult
 from engine.types import TokenLogprob
 from engine.worker.batch import Batch, Span, make_batch
 from engine.worker.logprobs import token_logprobs
 from engine.worker.lora import LoraChooser
+from engine.worker.results import sequence_result
 from engine.worker.rows import Rows
 from engine.worker.sampler import Sampler
 
@@ -95,7 +96,7 @@ class Runner:
 
         def collect() -> StepResult:
             ids = dict(zip((step.row for step in steps), tokens.tolist(), strict=True))
-            results = [_result(step, ids, logprobs, prompts) for step in plan.sequences]
+            results = [sequence_result(step, ids, logprobs, prompts) for step in plan.sequences]
             return StepResult(plan.step, results, time.perf_counter() - forward.started)
 
         return Pending(collect)
@@ -142,16 +143,3 @@ class Runner:
             top = [state.params.prompt_logprobs or 0] * len(some)
             found += token_logprobs(self._decoder.logits(rows), some, top)
         return found
-
-
-def _result(
-    step: SequenceStep,
-    ids: Mapping[int, int],
-    logprobs: Mapping[int, TokenLogprob],
-    prompts: Mapping[int, list[TokenLogprob]],
-) -> SequenceResult:
-    return SequenceResult(
-        tokens=[ids[step.row]] if step.sample else [],
-        logprobs=[logprobs[step.row]] if step.sample and step.row in logprobs else None,
-        prompt_logprobs=prompts.get(step.row),
-    )
