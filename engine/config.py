@@ -40,6 +40,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_running_requests: int = 256
     max_queued_requests: int | None = None
     schedule_policy: str = "fcfs"  # fcfs | priority | fair
+    schedule_patience: int = 64  # steps before a slot or memory is kept for who waits; -1: never
+    lora_prefetch: bool = True  # adapters are copied to the arena before a slot is free for them
+    lora_eviction_policy: str = "cost"  # cost: weighed by what bringing back takes | lru
     disable_radix_cache: bool = False
     disable_overlap_schedule: bool = False
     disable_cuda_graph: bool = False

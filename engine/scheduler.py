@@ -99,8 +99,20 @@ def scheduler_config(
         prefix_cache=not config.disable_radix_cache,
         first_adapter_id=first_adapter_id,
         unix_offset=unix_offset,
-        costs=estimated_costs(block_tokens, chunk_bytes, on_gpu=on_gpu),
+        patience=config.schedule_patience if config.schedule_patience >= 0 else None,
+        prefetch=config.lora_prefetch,
+        costs=_costs(config.lora_eviction_policy, block_tokens, chunk_bytes, on_gpu),
     )
+
+
+def _costs(policy: str, block_tokens: int, chunk_bytes: int, on_gpu: bool) -> Costs | None:
+    """What --lora-eviction-policy weighs by; None: by the last use alone. Raises ValueError for an unknown policy."""
+    match policy:
+        case "cost":
+            return estimated_costs(block_tokens, chunk_bytes, on_gpu=on_gpu)
+        case "lru":
+            return None
+    raise ValueError(f"--lora-eviction-policy {policy} is not known; choose one of cost, lru")
 
 
 class Scheduler:

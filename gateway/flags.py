@@ -115,6 +115,11 @@ def _add_lora(parser: argparse.ArgumentParser) -> None:
         help="triton needs a GPU; torch runs everywhere",
     )
     add("--max-host-lora-bytes", type=byte_size, help="host memory for adapters, such as 8G (default: half the free)")
+    add(
+        "--lora-eviction-policy", choices=["cost", "lru"], default="cost",
+        help="what leaves a full arena first: least recently used, weighed by what bringing it back costs, or not",
+    )  # fmt: skip
+    add("--disable-lora-prefetch", action="store_true", help="copy an adapter to the arena only once a slot is free")
     add("--disable-lora-stack", action="store_true", help="CPU: multiply adapter by adapter, not all ranks at once")
 
 
@@ -136,6 +141,10 @@ def _add_scheduling(parser: argparse.ArgumentParser) -> None:
         "--schedule-policy", choices=["fcfs", "priority", "fair"], default="fcfs",
         help="order of the queue: as they came; lower 'priority' first; or the adapter that was served least for its "
         "weight (default: fcfs)",
+    )  # fmt: skip
+    add(
+        "--schedule-patience", type=patience, default=64, metavar="STEPS",
+        help="steps that a sequence waits for a slot, or a load for memory, before it is kept for them; -1: never",
     )  # fmt: skip
     add("--disable-overlap-schedule", action="store_true", help="plan a step only when the one before has ended")
 
@@ -181,6 +190,13 @@ def positive(text: str) -> int:
 def chunk_size(text: str) -> int:
     """A number of tokens, or -1."""
     return -1 if text == "-1" else positive(text)
+
+
+def patience(text: str) -> int:
+    """A number of steps from 0 on, or -1."""
+    if (number := int(text)) < -1:
+        raise argparse.ArgumentTypeError(f"{number} is less than -1")
+    return number
 
 
 def port(text: str) -> int:

@@ -3,6 +3,7 @@
 import pytest
 
 from engine.config import EngineConfig, LoraPath
+from engine.eviction import estimated_costs
 from engine.scheduler import SchedulerConfig, scheduler_config
 
 
@@ -48,3 +49,20 @@ def test_flags_pass() -> None:
         False, "priority", 3, 5, 7,
     )  # fmt: skip
     assert made.longest_context == (1000 - 40) * 16
+
+
+def test_waiting_and_eviction_as_told() -> None:
+    made = config(EngineConfig(schedule_patience=7, lora_prefetch=False, lora_eviction_policy="lru"))
+    assert (made.patience, made.prefetch, made.costs) == (7, False, None)
+    assert config(EngineConfig(schedule_patience=-1)).patience is None
+
+
+def test_waiting_and_eviction_where_nothing_is_told() -> None:
+    made = config(EngineConfig())
+    assert (made.patience, made.prefetch) == (64, True)
+    assert made.costs == estimated_costs(16, 4096, on_gpu=False)
+
+
+def test_an_unknown_eviction_policy_is_refused() -> None:
+    with pytest.raises(ValueError, match="--lora-eviction-policy fifo is not known"):
+        config(EngineConfig(lora_eviction_policy="fifo"))

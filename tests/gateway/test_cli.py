@@ -193,10 +193,19 @@ def test_other_flags_reach_the_engine() -> None:
     assert (chosen.stream_interval, chosen.sampling_defaults, chosen.log_level) == (4, "openai", "debug")
 
 
+def test_how_adapters_wait_and_leave() -> None:
+    flags = ("--schedule-patience", "0", "--disable-lora-prefetch", "--lora-eviction-policy", "lru")
+    engine = settings(*flags).engine
+    assert (engine.schedule_patience, engine.lora_prefetch, engine.lora_eviction_policy) == (0, False, "lru")
+    assert settings("--schedule-patience", "-1").engine.schedule_patience == -1
+
+
 @pytest.mark.parametrize(
     "given",
     [
         ("--max-loras-per-batch", "0"),
+        ("--schedule-patience", "-2"),
+        ("--lora-eviction-policy", "fifo"),
         ("--port", "70000"),
         ("--mem-fraction-static", "1.5"),
         ("--chunked-prefill-size", "0"),
