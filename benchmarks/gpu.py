@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.device_timing import graph_times, matrix_rate, read_rate
+from benchmarks.floors import Floors, Sizes, card_floors, take_floors
 from benchmarks.gpu_cases import LLAMA_8B, Bench, HostPages, random_pages, write_config
 from benchmarks.report import Report
 from engine.config import EngineConfig
@@ -28,38 +27,6 @@ STEPS, FIRST_CONTEXT = 128, 520  # the mean context of a case is 592
 LORA_CASES = (  # batch, adapters, rank
     (1, 1, 16), (8, 8, 16), (32, 8, 16), (64, 8, 16), (128, 8, 16), (32, 1, 16), (64, 32, 16), (32, 8, 64),
 )  # fmt: skip
-KV_BYTES = 131072  # a token
-
-
-class Floors:
-    """What no step can be faster than: the products alone, and bytes at the card's read rate."""
-
-    def __init__(self, worker: Worker, report: Report) -> None:
-        weights = worker._runner._decoder._weights  # type: ignore[attr-defined]
-        linears = [linear for layer in weights.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        matrices = [*(linear.weight for linear in linears), weights.head]
-        self._linear = {batch: _products(matrices, batch) for batch in BATCHES}
-        self.rate = read_rate()
-        for batch, times in self._linear.items():
-            report.add(f"floor: products and head, batch {batch}", "ms", times)
-        report.add("floor: memory reads", "TB/s", [self.rate / 1e12])
-        report.add("floor: matrix rate", "TFLOP/s", [matrix_rate() / 1e12])
-
-    def step(self, batch: int, context: int, adapter_bytes: int = 0) -> float:
-        """Milliseconds."""
-        return statistics.median(self._linear[batch]) + (batch * context * KV_BYTES + adapter_bytes) / self.rate * 1e3
-
-
-def _products(weights: list[Tensor], batch: int) -> list[float]:
-    """Milliseconds of one step's products with nothing between them."""
-    inputs = {k: torch.randn(batch, k, device="cuda", dtype=torch.bfloat16) for k in (4096, 14336)}
-    outputs = {n: torch.empty(batch, n, device="cuda", dtype=torch.bfloat16) for n in {w.shape[0] for w in weights}}
-
-    def step() -> None:
-        for weight in weights:
-            torch.mm(inputs[weight.shape[1]], weight.t(), out=outputs[weight.shape[0]])
-
-    return graph_times(step, 10)
 
 
 def main() -> None:
@@ -82,7 +49,7 @@ def _run(parts: Sequence[str], slots: int, share: float, report: Report, after: 
     bench = _start(report, slots, share)
     while after is not None and not after.exists():
         time.sleep(0.1)
-    floors = Floors(bench.worker, report)
+    floors = _floors(bench.worker, report)
     if "decode" in parts:
         decode(bench, floors, report)
     if "profile" in parts:
@@ -91,6 +58,16 @@ def _run(parts: Sequence[str], slots: int, share: float, report: Report, after: 
         prefill(bench, report, 0)
     if "lora" in parts or "load" in parts:
         lora(bench, floors, report, parts)
+
+
+def _floors(worker: Worker, report: Report) -> Floors:
+    """On the worker's own weights, so that the card holds them once."""
+    weights = worker._runner._decoder._weights  # type: ignore[attr-defined]
+    linears = [linear for layer in weights.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    matrices = [*(linear.weight for linear in linears), weights.head]
+    floors = take_floors(report, matrices, BATCHES, worker.info.dims, Sizes())
+    card_floors(report, Sizes())
+    return floors
 
 
 def _start(report: Report, slots: int, share: float) -> Bench:
@@ -165,6 +142,7 @@ def _decode_case(
     floor = floors.step(batch, context + STEPS // 2, used)
     ratio = statistics.median(times) / floor
     report.add(name, "ms/step", times, note=f"floor {floor:.3f}, {ratio:.3f} x")
+    report.add(f"{name}: over the floor", "x", [time / floor for time in times])
 
 
 def profile(bench: Bench, name: str, batch: int, adapters: int) -> None:
