@@ -15,7 +15,7 @@ from gateway.auth import admin_check, api_check, guarded
 from gateway.errors import ApiError, error_response, quote, to_api_error
 from gateway.metrics import Metrics
 from gateway.middleware import LimitBody, Observe
-from gateway.routes import adapters, admin, health, native, openai
+from gateway.routes import adapters, admin, health, native, openai, page, status
 from gateway.settings import Settings
 from gateway.state import Gateway
 
@@ -45,11 +45,18 @@ def create_app(gateway: Gateway, settings: Settings, metrics: Metrics) -> Starle
 
 def all_routes(settings: Settings) -> list[BaseRoute]:
     """Every route behind its guard."""
-    serving = [*openai.routes(), *adapters.routes(), *native.routes(), *health.info_routes()]
+    serving = [
+        *openai.routes(),
+        *adapters.routes(),
+        *native.routes(),
+        *health.info_routes(),
+        *status.routes(settings),
+    ]
     routes = [
         *guarded(serving, api_check(settings)),
         *guarded(admin.routes(), admin_check(settings)),
         *health.open_routes(),
+        *page.routes(),
     ]
     for route in routes:
         _match_exactly(route)

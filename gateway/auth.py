@@ -1,7 +1,8 @@
 """Who may call what. Guards wrap single routes, so that no spelling of a path gets round them.
 
 Two keys: the API key for all that serves, the admin key for what changes the server. Without an admin key the latter
-answers clients on this machine alone, judged by the socket's peer, and nothing that a web page could send.
+answers clients on this machine alone, judged by the socket's peer, and nothing that a web page could send. With one it
+is the key that counts, and of web pages only the server's own may send it.
 """
 
 import hashlib
@@ -54,7 +55,12 @@ def admin_check(settings: Settings) -> Check:
     """For routes that change the server."""
     if settings.admin_api_key is not None:
         admin_key = settings.admin_api_key
-        return lambda scope: _require_key(scope, [admin_key])
+
+        def keyed(scope: Scope) -> None:
+            _require_key(scope, [admin_key])
+            _refuse_other_sites(scope)
+
+        return keyed
     serving = api_check(settings)
 
     def check(scope: Scope) -> None:
@@ -97,6 +103,22 @@ def _require_local(scope: Scope) -> None:
         raise ApiError(403, message, code="origin_refused")
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "This route takes 'Content-Type: application/json' alone.", code="unsupported_media_type")
+
+
+def _refuse_other_sites(scope: Scope) -> None:
+    """What browsers send for pages of other sites: they say so, older ones by an Origin that is not the Host.
+
+    A name that was made to point at this server (DNS rebinding) passes here; the key is what such a page lacks.
+    """
+    headers = Headers(scope=scope)
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if site is None:
+        is_own = origin is None or origin.partition("://")[2] == headers.get("host", "") != ""
+    else:
+        is_own = site in ("same-origin", "none")
+    if not is_own:
+        message = "This route takes nothing from web pages of other sites (the headers 'Sec-Fetch-Site', 'Origin')."
+        raise ApiError(403, message, code="origin_refused")
 
 
 def is_loopback(client: Sequence[object] | None) -> bool:

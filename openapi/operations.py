@@ -19,6 +19,7 @@ from gateway.routes.admin import (
     VllmUnloadAdapterRequest,
 )
 from gateway.routes.health import Health, ModelFacts
+from gateway.status import ServerStatus
 
 
 class ErrorAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,6 +132,14 @@ OPERATIONS = (
         summary="Lists the adapters with their state, tier and traffic",
         answer=AdapterList,
     ),
+    Operation(
+        method="get",
+        path="/status",
+        id="status",
+        tag="Server",
+        summary="Tells the arena by use, the slots and the base's traffic",
+        answer=ServerStatus,
+    ),
     _admin(
         "/load_lora_adapter", "loadLoraAdapter", "Loads an adapter, which then serves by its name", LoadAdapterRequest
     ),
@@ -170,5 +179,25 @@ OPERATIONS = (
         failures=(500,),
         security=None,
         media_type="text/plain",
+    ),
+    Operation(
+        method="get",
+        path="/",
+        id="page",
+        tag="Page",
+        summary="The live page",
+        failures=(500,),
+        security=None,
+        media_type="text/html",
+    ),
+    Operation(
+        method="get",
+        path="/page/{file}",
+        id="pageFile",
+        tag="Page",
+        summary="A style sheet, script or picture of the live page",
+        failures=(404, 500),
+        security=None,
+        media_type="text/javascript",
     ),
 )

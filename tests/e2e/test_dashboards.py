@@ -13,7 +13,8 @@ from tests.e2e.conftest import Files
 from tests.e2e.server import Server, generate, load, unload
 from tests.grafana.exported import SCRAPED, families, metric_labels
 from tests.grafana.promql import RULES, alert_queries, panel_queries, variable_queries
-from tests.grafana.tools import Prometheus, program, prometheus
+from tests.grafana.tools import Prometheus, prometheus
+from tests.support.programs import program
 
 ADAPTERS = ("lora0", "lora1", "guest")
 PROMPT = "name three countries and their capitals, one a line, and nothing else"
@@ -21,7 +22,7 @@ PROMPT = "name three countries and their capitals, one a line, and nothing else"
 
 @pytest.fixture
 def scraper(server: Server, tmp_path: Path) -> Iterator[Prometheus]:
-    program("prometheus")
+    program("prometheus", package="prometheus")
     with prometheus(tmp_path, server.url.removeprefix("http://"), RULES) as scraper:
         scraper.until("loramux_engine_up")
         yield scraper

@@ -109,18 +109,68 @@ async def test_the_admin_key_is_wanted_from_everywhere_and_serves_too(tmp_path: 
         assert (await client.post("/unload_lora_adapter", json={"lora_name": "sql"})).status_code == 401
 
 
+OTHER_SITES = (
+    {"origin": "https://example.com"},
+    {"origin": "null"},
+    {"origin": "http://test:81"},
+    {"origin": "http://test", "sec-fetch-site": "cross-site"},
+    {"origin": "http://test", "sec-fetch-site": "same-site"},
+    {"sec-fetch-site": "cross-site"},
+)
+OWN_PAGE = (
+    {"origin": "http://test"},
+    {"origin": "https://test"},  # a proxy ended the encryption
+    {"origin": "https://front.example", "sec-fetch-site": "same-origin"},  # a proxy that replaced the Host
+    {"sec-fetch-site": "none"},
+)
+
+
+async def test_with_an_admin_key_no_page_of_another_site_may_change_though_it_has_the_key(tmp_path: Path) -> None:
+    app = app_with(tmp_path, admin_api_key="boss")
+    async with app.client(**bearer("boss")) as client:
+        for headers in OTHER_SITES:
+            response = await client.post("/pin_lora_adapter", json={"lora_name": "sql"}, headers=headers)
+            assert (response.status_code, response.json()["error"]["code"]) == (403, "origin_refused")
+        assert not app.engine.adapters["sql"].pinned
+        for headers in OWN_PAGE:
+            response = await client.post("/pin_lora_adapter", json={"lora_name": "sql"}, headers=headers)
+            assert response.status_code == 200
+
+
+async def test_the_servers_own_page_needs_the_admin_key_too(tmp_path: Path) -> None:
+    app = app_with(tmp_path, admin_api_key="boss")
+    async with app.client() as client:
+        for headers in OWN_PAGE:
+            for key in ({}, bearer("wrong")):
+                response = await client.post("/load_lora_adapter", json=LOAD, headers=headers | key)
+                assert response.status_code == 401
+    assert list(app.engine.adapters) == ["sql"]
+
+
+@pytest.mark.parametrize("keys", [{}, {"admin_api_key": "boss"}])
+async def test_a_name_that_was_made_to_point_here_opens_nothing(tmp_path: Path, keys: dict[str, str]) -> None:
+    """DNS rebinding: the browser holds the page for the server's own, Host and Origin agree, the peer is local."""
+    app = app_with(tmp_path, **keys)
+    rebound = {"host": "evil.example:30000", "origin": "http://evil.example:30000", "sec-fetch-site": "same-origin"}
+    async with app.client() as client:
+        for path in ADMIN_PATHS:
+            response = await client.post(path, json=LOAD, headers=rebound)
+            assert response.status_code == (401 if keys else 403)
+    assert list(app.engine.adapters) == ["sql"]
+
+
 async def test_another_spelling_of_a_path_gets_round_nothing(tmp_path: Path) -> None:
     app = app_with(tmp_path, admin_api_key="boss")
     async with app.client() as client:
         for path in ("/load_lora_adapter%0A", "/load_lora_adapter/", "//load_lora_adapter", "/%6Coad_lora_adapter"):
-            assert (await client.post(path, json=LOAD)).status_code in (401, 404)
+            assert (await client.post(path, json=LOAD)).status_code in (401, 404, 405)
     assert list(app.engine.adapters) == ["sql"]
 
 
-def test_every_route_but_the_probes_has_a_guard() -> None:
+def test_every_route_but_probes_and_page_has_a_guard() -> None:
     settings = Settings(engine=EngineConfig(), api_key="k", admin_api_key="a")
     open_paths = {route.path for route in all_routes(settings) if isinstance(route, Route) and not _refuses(route)}
-    assert open_paths == {"/health", "/metrics"}
+    assert open_paths == {"/health", "/metrics", "/", "/page/{file}"}
 
 
 def _refuses(route: Route) -> bool:

@@ -7,13 +7,13 @@ import yaml
 
 from tests.grafana.exported import everything
 from tests.grafana.promql import FOLDER, RULES
-from tests.grafana.tools import program
+from tests.support.programs import program
 
 CASES = Path(__file__).with_name("alerts_test.yaml")
 
 
 def promtool(*arguments: str | Path, stdin: str = "") -> None:
-    command = [program("promtool"), *map(str, arguments)]
+    command = [program("promtool", package="prometheus"), *map(str, arguments)]
     done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

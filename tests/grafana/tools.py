@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import shutil
 import socket
 import subprocess
 import time
@@ -15,23 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
+
+from tests.support.programs import program
 
 START_SECONDS = 30.0
 POLL_SECONDS = 0.1
 SCRAPE_SECONDS = 1
-
-
-def program(name: str) -> str:
-    """The program's path. Skips the test where it is missing; under continuous integration that is a failure."""
-    found = shutil.which(name)
-    if found is None:
-        reason = f"{name} is missing: apt-get install --no-install-recommends prometheus"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
 
 
 @dataclass(frozen=True)
@@ -80,7 +68,8 @@ def prometheus(folder: Path, target: str, rules: Path) -> Iterator[Prometheus]:
     address, log = f"127.0.0.1:{_free_port()}", folder / "prometheus.log"
     flags = (f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}")
     with log.open("wb") as output:
-        process = subprocess.Popen([program("prometheus"), *flags], stdout=output, stderr=subprocess.STDOUT)
+        command = [program("prometheus", package="prometheus"), *flags]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
         _wait_until_ready(process, f"http://{address}", log)
         yield Prometheus(f"http://{address}")
