@@ -1,6 +1,7 @@
 """Where an adapter's files come from: a local folder or the Hugging Face hub. Blocking; loads call it in a thread.
 
-Only the two files of ADAPTER_FILES are ever fetched or opened, and only if they are regular files.
+A folder wins where both could be meant; `hub:owner/name` never means one. Only the two files of ADAPTER_FILES are ever
+fetched or opened, and only if they are regular files.
 """
 
 import os
@@ -10,13 +11,22 @@ from pathlib import Path
 from typing import BinaryIO
 
 from engine.adapters.spec import invalid
+from engine.types import EngineError, ErrorCode
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE)
 MAX_SOURCE = 1024
+HUB_PREFIX = "hub:"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(//|/?$)|(file|data|https?|s3|gs|hf):")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
+
+
+class RepositoryMissing(EngineError):
+    """The hub was asked and has no such repository, or shows it to others only."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ErrorCode.ADAPTER_INVALID, message)
 
 
 def resolve_source(source: str, revision: str | None = None) -> Path:
@@ -24,19 +34,41 @@ def resolve_source(source: str, revision: str | None = None) -> Path:
 
     Raises EngineError (ADAPTER_INVALID) for a source that is refused or cannot be had, with the reason.
     """
-    check_source(source)
+    repo = hub_repository(source)
+    if repo is not None:
+        return fetch_from_hub(repo, revision)
     folder = _local(source)
-    if _exists(folder):
-        if not folder.is_dir():
-            raise invalid(f"{source}: not a folder (a folder with {CONFIG_FILE} and {TENSORS_FILE} is wanted)")
-        if revision is not None:
-            raise invalid(
-                f"{source}: a revision ({revision!r}) can be asked of a hub repository only, this is a folder"
-            )
-        return folder.resolve()
+    if not folder.is_dir():
+        raise invalid(f"{source}: not a folder (a folder with {CONFIG_FILE} and {TENSORS_FILE} is wanted)")
+    if revision is not None:
+        raise invalid(f"{source}: a revision ({revision!r}) can be asked of a hub repository only, this is a folder")
+    return folder.resolve()
+
+
+def hub_repository(source: str) -> str | None:
+    """The repository that a source names; None where it is a local path that is there.
+
+    Raises EngineError (ADAPTER_INVALID) for a source that is refused, or is neither.
+    """
+    check_source(source)
+    if source.startswith(HUB_PREFIX):
+        repo = source.removeprefix(HUB_PREFIX)
+        if not _HUB_ID.fullmatch(repo):
+            raise invalid(f"{source}: '{HUB_PREFIX}' goes before the id of a Hugging Face repository, owner/name")
+        return repo
+    if _exists(_local(source)):
+        return None
     if not _HUB_ID.fullmatch(source):
         raise invalid(f"{source}: there is no such folder")
-    return _from_hub(source, revision)
+    return source
+
+
+def refuse_outside(folder: Path, root: Path) -> None:
+    """Raises EngineError (ADAPTER_INVALID) where an adapter's folder, or one of its files, lies outside `root`."""
+    real = root.resolve()
+    for path in (folder, *(folder / name for name in ADAPTER_FILES)):
+        if not path.resolve().is_relative_to(real):
+            raise invalid("a link in it leads out of --lora-dir")
 
 
 def check_source(source: str) -> None:
@@ -106,7 +138,11 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _from_hub(repo: str, revision: str | None) -> Path:
+def fetch_from_hub(repo: str, revision: str | None) -> Path:
+    """The local snapshot of a repository's two files, from the hub's cache where it is up to date.
+
+    Raises EngineError (ADAPTER_INVALID) with the reason; RepositoryMissing where the hub says that there is none.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -121,9 +157,11 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     except GatedRepoError:
         raise invalid(f"{asked}: this hub repository is gated; accept its terms and set HF_TOKEN") from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise invalid(f"{asked}: neither a local folder nor a hub repository that can be seen from here") from None
+        raise RepositoryMissing(
+            f"{asked}: neither a local folder nor a hub repository that can be seen from here"
+        ) from None
     except RevisionNotFoundError:
-        raise invalid(f"{asked}: the hub repository has no such revision") from None
+        raise RepositoryMissing(f"{asked}: the hub repository has no such revision") from None
     except Exception as error:  # the hub's client lets its HTTP library's errors through
         reason = _first_line(error)
         raise invalid(f"{asked}: there is no such local folder, and the hub cannot be reached ({reason})") from None
