@@ -140,6 +140,7 @@ class EngineLoop:
             for load in plan.loads:
                 self._loader.to_device(load)
             self._flights.append(self._pipeline.launch(plan))
+        self._loader.dropped(self._scheduler.adapters.take_evicted())  # unloaded where nothing is left to plan
         for adapter_id in self._scheduler.take_fetches():
             self._loader.fetch(adapter_id)
 
