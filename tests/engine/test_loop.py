@@ -148,3 +148,13 @@ async def test_back_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (await engine.client.stats()).counters["aborted"] == 1
         reads.set()
         assert (await asked[0]).tokens == [7] * 12
+
+
+async def test_an_adapter_unloaded_while_nothing_runs_leaves_the_worker() -> None:
+    async with harness() as engine:
+        await engine.load("a")
+        await engine.ask("a")
+        assert engine.worker.resident
+        await engine.client.unload_adapter("a")
+        await engine.told()
+        assert not engine.worker.resident
