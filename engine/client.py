@@ -20,6 +20,7 @@ from engine.messages import (
     GetStats,
     Heartbeat,
     LoadAdapter,
+    OfferAdapter,
     PinAdapter,
     Ready,
     RequestFailed,
@@ -101,6 +102,7 @@ class EngineClient:
         self.hung = False
         self.last_heartbeat = asyncio.get_running_loop().time()
         self.on_stats: Callable[[Stats], None] | None = None  # sees every Stats that comes, once
+        self.on_removed: Callable[[int], None] | None = None  # sees every adapter_id of which nothing is left
         self._link = link
         self._ids = itertools.count(1)
         self._generations: dict[int, Generation] = {}
@@ -166,20 +168,45 @@ class EngineClient:
         return generation
 
     async def load_adapter(
-        self, name: str, source: str, *, pinned: bool = False, revision: str | None = None, weight: float = 1.0
+        self,
+        name: str,
+        source: str,
+        *,
+        pinned: bool | None = None,
+        revision: str | None = None,
+        weight: float | None = None,
+        inplace: bool = False,
+        timeout: float | None = None,
     ) -> AdapterInfo:
-        """Loads an adapter into the host tier (pinned: the arena). Raises EngineError with the reason."""
-        call_id = next(self._ids)
-        result = await self._call(
-            LoadAdapter(call_id=call_id, name=name, source=source, pinned=pinned, revision=revision, weight=weight),
-            call_id,
-        )
-        return _adapter(result)
+        """Loads an adapter into the host tier (pinned: the arena). Raises EngineError with the reason.
 
-    async def unload_adapter(self, name: str, *, timeout: float = 30.0) -> None:
-        """Drains and removes an adapter; after `timeout` seconds its open requests are aborted with an error."""
+        `inplace`: a name that is loaded gets the weights at `source`. Requests accepted from the answer on use them,
+        those accepted before end on the old ones; `pinned` and `weight` stay as they were where they are None. After
+        `timeout` seconds an adapter that is not there yet is given up.
+        """
         call_id = next(self._ids)
-        await self._call(UnloadAdapter(call_id=call_id, name=name, timeout=timeout), call_id)
+        command = LoadAdapter(
+            call_id=call_id, name=name, source=source, pinned=pinned, revision=revision, weight=weight,
+            inplace=inplace, timeout=timeout,
+        )  # fmt: skip
+        return _adapter(await self._call(command, call_id))
+
+    async def offer_adapter(self, name: str, source: str) -> AdapterInfo:
+        """Lists an adapter that is read when a request names it; hub repositories are fetched first.
+
+        Raises EngineError: ADAPTER_NOT_FOUND where the hub has no such repository, ADAPTER_UNAVAILABLE where it
+        could not be fetched.
+        """
+        call_id = next(self._ids)
+        return _adapter(await self._call(OfferAdapter(call_id=call_id, name=name, source=source), call_id))
+
+    async def unload_adapter(self, name: str, *, timeout: float = 30.0, force: bool = False) -> None:
+        """Drains and removes an adapter; after `timeout` seconds (`force`: at once) what still uses it is ended.
+
+        Requests that are ended so fail with ADAPTER_UNAVAILABLE.
+        """
+        call_id = next(self._ids)
+        await self._call(UnloadAdapter(call_id=call_id, name=name, timeout=timeout, force=force), call_id)
 
     async def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
         call_id = next(self._ids)
@@ -212,6 +239,7 @@ class EngineClient:
 
     @property
     def open_requests(self) -> int:
+        """Those whose end was not told yet."""
         return len(self._generations)
 
     async def _call(self, command: Command, call_id: int) -> CallResult:
@@ -256,6 +284,8 @@ class EngineClient:
             case AdapterRemoved(name=name, adapter_id=adapter_id):
                 if name in self.adapters and self.adapters[name].adapter_id == adapter_id:
                     del self.adapters[name]
+                if self.on_removed is not None:
+                    self.on_removed(adapter_id)
             case Heartbeat(stats=stats, hung=hung):
                 self.last_heartbeat = asyncio.get_running_loop().time()
                 self.hung = hung

@@ -11,6 +11,7 @@ from typing import Any, assert_never
 import msgspec
 
 from engine.adapters.loader import AdapterLoader
+from engine.adapters.loads import Wanted
 from engine.link import EngineLink
 from engine.messages import (
     Abort,
@@ -19,6 +20,7 @@ from engine.messages import (
     GetStats,
     Heartbeat,
     LoadAdapter,
+    OfferAdapter,
     PinAdapter,
     RequestFailed,
     SequenceOutput,
@@ -84,10 +86,12 @@ class EngineLoop:
             case LoadAdapter():
                 self._answer(
                     command.call_id,
-                    self._loader.load(command.name, command.source, command.pinned, command.revision, command.weight),
+                    self._loader.load(_wanted(command), inplace=command.inplace, timeout=command.timeout),
                 )
-            case UnloadAdapter(call_id=call_id, name=name, timeout=timeout):
-                self._answer(call_id, self._loader.unload(name, timeout))
+            case OfferAdapter(call_id=call_id, name=name, source=source):
+                self._answer(call_id, self._loader.offer(name, source))
+            case UnloadAdapter(call_id=call_id, name=name, timeout=timeout, force=force):
+                self._answer(call_id, self._loader.unload(name, timeout, force=force))
             case PinAdapter(call_id=call_id, name=name, pinned=pinned):
                 self._answer(call_id, self._loader.pin(name, pinned))
             case GetStats(call_id=call_id):
@@ -185,3 +189,7 @@ class EngineLoop:
         """Whether the device is late; a step that is done waits for the gateway to read."""
         oldest = self._flights[0] if self._flights else None
         return oldest is not None and not oldest.result.done() and self._time() - oldest.launched > self._hung_after
+
+
+def _wanted(load: LoadAdapter) -> Wanted:
+    return Wanted(name=load.name, source=load.source, revision=load.revision, pinned=load.pinned, weight=load.weight)

@@ -28,14 +28,30 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Answered by `CallResult` when the adapter is on the host (pinned: in the arena)."""
+    """Answered by `CallResult` when the adapter is on the host (pinned: in the arena).
+
+    With `inplace` a name that is loaded gets these weights; what it does not tell of pin and weight stays as it is.
+    """
 
     call_id: int
     name: str
     source: str
-    pinned: bool = False
+    pinned: bool | None = None  # None: no, or as it was
     revision: str | None = None
-    weight: float = 1.0  # of its share, where --schedule-policy is fair
+    weight: float | None = None  # of its share, where --schedule-policy is fair; None: 1, or as it was
+    inplace: bool = False
+    timeout: float | None = None  # seconds until an adapter that is not there yet is given up
+
+
+class OfferAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Lists an adapter that is read when a request comes for it; one that is listed already stays as it is.
+
+    Answered by `CallResult` at once, for a hub repository when it is fetched.
+    """
+
+    call_id: int
+    name: str
+    source: str
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -43,7 +59,8 @@ class UnloadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     call_id: int
     name: str
-    timeout: float = 30.0  # seconds
+    timeout: float = 30.0  # seconds until what still uses it is ended
+    force: bool = False  # it is ended at once
 
 
 class PinAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -62,7 +79,7 @@ class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     pass
 
 
-Command = Submit | Abort | LoadAdapter | UnloadAdapter | PinAdapter | GetStats | Shutdown
+Command = Submit | Abort | LoadAdapter | OfferAdapter | UnloadAdapter | PinAdapter | GetStats | Shutdown
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):

@@ -18,7 +18,7 @@ from engine.config import EngineConfig
 from engine.draft import MAX_AHEAD, Flight, PlanLimits
 from engine.eviction import Costs, EvictionClock, estimated_costs
 from engine.memory import Memory
-from engine.messages import RequestFailed, SequenceOutput, Stats, Submit
+from engine.messages import SequenceOutput, Stats, Submit
 from engine.plan import StepPlan, StepResult
 from engine.planner import Planner
 from engine.roster import Roster
@@ -167,15 +167,14 @@ class Scheduler:
         return not self.has_work and not self._flights
 
     def submit(self, command: Submit, now: float) -> None:
-        """Queues a request. Raises EngineError: stale adapter, too long, malformed, queue full."""
+        """Queues a request. Raises EngineError: stale or failed adapter, too long, malformed, queue full."""
         self._refuse_invalid(command)
         adapter = None if command.adapter_id is None else self.adapters.catalog.for_request(command.adapter_id)
         limit = self.config.max_queued
         if limit is not None and self._roster.unstarted >= limit:
             raise EngineError(ErrorCode.QUEUE_FULL, f"the queue is full: {limit} requests wait already")
         if adapter is not None:
-            adapter.used_at, adapter.error = now, None  # naming it again tries a failed load again
-            self.counters.add("adapter_hits" if adapter.ready else "adapter_misses")
+            self.adapters.wanted(adapter, now)
         self._roster.accept(command, adapter, self._stops(command), now)
 
     def abort(self, request_id: int, choice: int | None, now: float) -> list[SequenceOutput]:
@@ -212,15 +211,9 @@ class Scheduler:
         """See AdapterControl.take_fetches."""
         return self.adapters.take_fetches()
 
-    def fail_all(self, reason: str) -> list[RequestFailed]:
-        """Ends every request with an error; steps on their way are still to be committed."""
-        failed = self._roster.end_requests(list(self._roster.requests.values()))
-        self.counters.add("failed", len(failed))
-        return [RequestFailed(request_id=i, code=ErrorCode.INTERNAL, message=reason) for i in failed]
-
     def stats(self, now: float | None = None) -> Stats:
         """Gauges, totals, and what was observed since the last call. Without `now` nothing is said of ages."""
-        adapters = list(self.adapters.catalog)
+        adapters, retired = self.adapters.catalog.listed, self.adapters.catalog.retired
         counters, chunk_bytes = self.counters, self.config.chunk_bytes
         evictions = {**self._residency.evictions, "prefix/memory": self._memory.prefix_evictions}
         chunks = {str(use): count for use, count in self._arena.counts.items()}
@@ -240,7 +233,7 @@ class Scheduler:
                 },
                 chunks=chunks,
                 evictions=evictions,
-                adapters=adapter_stats(adapters, self._roster.base, self.config.unix_offset),
+                adapters=adapter_stats(adapters, self._roster.base, self.config.unix_offset, retired),
             )
         )
 

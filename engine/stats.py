@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 import msgspec
 
@@ -57,16 +58,30 @@ class Recorder:
         return told
 
 
-def adapter_stats(adapters: Iterable[Adapter], base: Tally, unix_offset: float = 0.0) -> list[AdapterStats]:
-    """The base under the name '', then every adapter. `unix_offset` turns the clock of `now` into unix seconds."""
+def adapter_stats(
+    adapters: Iterable[Adapter], base: Tally, unix_offset: float = 0.0, retired: Iterable[Adapter] = ()
+) -> list[AdapterStats]:
+    """The base under the name '', then every adapter, counted with those `retired` that had its name.
+
+    `unix_offset` turns the clock of `now` into unix seconds.
+    """
     told = [_stats("", base, tier="arena", pinned=True, rank=0, state=AdapterState.RESIDENT, last_used=0.0)]
-    return told + [_adapter(adapter, unix_offset) for adapter in adapters]
+    before: dict[str, Tally] = {}
+    for old in retired:
+        before[old.name] = _sum(before.get(old.name, Tally()), old.tally)
+    return told + [_adapter(adapter, unix_offset, before.get(adapter.name)) for adapter in adapters]
 
 
-def _adapter(adapter: Adapter, unix_offset: float) -> AdapterStats:
+def _sum(one: Tally, other: Tally) -> Tally:
+    total = replace(one, waiting=one.waiting + other.waiting, running=one.running + other.running)
+    total.inherit(other)
+    return total
+
+
+def _adapter(adapter: Adapter, unix_offset: float, before: Tally | None) -> AdapterStats:
     return _stats(
         adapter.name,
-        adapter.tally,
+        adapter.tally if before is None else _sum(adapter.tally, before),
         tier=_tier(adapter),
         pinned=adapter.pinned,
         rank=adapter.rank,

@@ -49,9 +49,17 @@ class Engine(Protocol):
         priority: int = 0,
     ) -> Generation: ...
     async def load_adapter(
-        self, name: str, source: str, *, pinned: bool = False, revision: str | None = None, weight: float = 1.0
+        self,
+        name: str,
+        source: str,
+        *,
+        pinned: bool | None = None,
+        revision: str | None = None,
+        weight: float | None = None,
+        inplace: bool = False,
+        timeout: float | None = None,
     ) -> AdapterInfo: ...
-    async def unload_adapter(self, name: str, *, timeout: float = 30.0) -> None: ...
+    async def unload_adapter(self, name: str, *, timeout: float = 30.0, force: bool = False) -> None: ...
     async def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo: ...
     async def stats(self) -> Stats: ...
 

@@ -85,10 +85,13 @@ class Supervisor:
             process = self._running()
             since = self._now()
             reason = await self._until_lost(process.client)
+            left = process.client.open_requests
             self._config = restored_config(self._config, process.client)
             code = await process.kill()
             self._metrics.engine_lost()
-            log.error("the engine is lost: %s (exit status %d); starting it again", reason, code)
+            log.error(
+                "the engine is lost: %s (exit status %d, %d requests open); starting it again", reason, code, left
+            )
             publish(await self._restart(quick=self._now() - since < STEADY_SECONDS))
 
     async def _until_lost(self, client: EngineClient) -> str:
@@ -163,7 +166,6 @@ def restored_config(config: EngineConfig, client: EngineClient) -> EngineConfig:
     """`config` with the adapters that `client` served, their pins, and the limits that were in force."""
     if not client.model.enable_lora:
         return config
-    revisions = {(entry.name, entry.path): entry.revision for entry in config.lora_paths}
     served = [adapter for adapter in client.adapters.values() if adapter.state is not AdapterState.DRAINING]
     return msgspec.structs.replace(
         config,
@@ -171,10 +173,7 @@ def restored_config(config: EngineConfig, client: EngineClient) -> EngineConfig:
         max_lora_rank=client.model.max_lora_rank,  # else they would be inferred from the adapters anew
         lora_target_modules=client.model.lora_target_modules,
         lora_paths=tuple(
-            LoraPath(
-                name=a.name, path=a.source, pinned=a.pinned, weight=a.weight, revision=revisions.get((a.name, a.source))
-            )
-            for a in served
+            LoraPath(name=a.name, path=a.source, pinned=a.pinned, weight=a.weight, revision=a.revision) for a in served
         ),
     )
 

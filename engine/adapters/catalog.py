@@ -1,13 +1,17 @@
 """Names of adapters and what is known of each. Called by the loop for loads and unloads, by the scheduler to resolve.
 
-Each load gets an adapter_id that is never used again; a name stands for at most one adapter. An adapter's state is
-read off its facts, so no two facts can disagree with it.
+Each load gets an adapter_id that is never used again; a name stands for at most one adapter, beside which a version
+that is to take the name over may arrive, and older ones may end. An adapter's state is read off its facts, so no two
+facts can disagree with it.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from engine.types import AdapterInfo, AdapterState, EngineError, ErrorCode
+
+MAX_SUCCESSIONS = 1024  # adapter_ids whose successor is known: a request may have been on its way when the name moved
 
 
 @dataclass(slots=True)
@@ -20,6 +24,12 @@ class Tally:
     waiting: int = 0  # accepted, without a state row
     running: int = 0  # with a state row
     served: float = 0.0  # the fair policy's counter
+
+    def inherit(self, gone: "Tally") -> None:
+        """The totals of a version of the same name that is gone."""
+        self.requests += gone.requests
+        self.prompt_tokens += gone.prompt_tokens
+        self.generated_tokens += gone.generated_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +67,11 @@ class Adapter:
     awaited: bool = False  # a sequence was passed over for want of it alone, not of a slot
     idle_since: float = 0.0  # eviction's clock when its last sequence left
     last_step: int = 0  # the last step that refers to its chunks, told when its sequences leave
-    draining: bool = False
+    draining: bool = False  # it is being unloaded
+    arriving: bool = False  # it is read to take over a name that is loaded
+    retired: bool = False  # another version has its name; it goes with its last sequence
     error: str | None = None  # why the last load failed
+    retry_at: float = 0.0  # seconds; until then the source is not read again for those who name it
     used_at: float | None = None  # seconds
     weight: float = 1.0  # its share under the fair policy
     started: int = 0  # unfinished sequences that hold or held KV of this adapter
@@ -75,13 +88,18 @@ class Adapter:
         return not (self.on_host or self.fetching or self.error)
 
     @property
+    def leaving(self) -> bool:
+        """No new request gets it."""
+        return self.draining or self.retired
+
+    @property
     def open(self) -> int:
         """Accepted sequences that have not ended."""
         return self.tally.waiting + self.tally.running
 
     @property
     def state(self) -> AdapterState:
-        if self.draining:
+        if self.leaving:
             return AdapterState.DRAINING
         if self.ready:
             return AdapterState.RESIDENT
@@ -112,19 +130,35 @@ class Adapter:
 
 
 class Catalog:
-    """Every adapter the server knows, by name and by adapter_id."""
+    """Every adapter the server knows, by name and by adapter_id. Iterates over all versions of all names."""
 
     def __init__(self, *, enabled: bool = True, first_id: int = 1) -> None:
         self.enabled = enabled
         self._by_name: dict[str, Adapter] = {}
         self._by_id: dict[int, Adapter] = {}
+        self._others: dict[int, Adapter] = {}  # arriving and retired ones
+        self._successors: OrderedDict[int, int] = OrderedDict()  # adapter_id -> the one that took its name over
         self._next_id = first_id
 
     def __iter__(self) -> Iterator[Adapter]:
-        return iter(self._by_name.values())
+        return iter(self._by_id.values())
 
     def __len__(self) -> int:
         return len(self._by_name)
+
+    @property
+    def listed(self) -> list[Adapter]:
+        """Each name once, with the version that new requests get."""
+        return list(self._by_name.values())
+
+    @property
+    def retired(self) -> list[Adapter]:
+        return [adapter for adapter in self._others.values() if adapter.retired]
+
+    def versions(self, name: str) -> list[Adapter]:
+        """All that bear, bore or are to bear the name; the one that new requests get is first."""
+        current = [self._by_name[name]] if name in self._by_name else []
+        return current + [adapter for adapter in self._others.values() if adapter.name == name]
 
     def add(
         self, name: str, source: str, *, revision: str | None = None, pinned: bool = False, weight: float = 1.0,
@@ -157,6 +191,33 @@ class Catalog:
         adapter.fetching = True
         return adapter, True
 
+    def begin_replace(self, name: str, source: str, *, revision: str | None, weight: float, now: float) -> Adapter:
+        """A version that is to be read and then to take over the loaded name.
+
+        Raises EngineError for a name that is unknown, being unloaded, or about to be taken over by another.
+        """
+        old = self.named(name)
+        if old.draining or any(adapter.arriving for adapter in self.versions(name)):
+            doing = "unloaded" if old.draining else "loaded already"
+            raise EngineError(ErrorCode.ADAPTER_EXISTS, f"adapter '{name}' is being {doing}")
+        adapter = Adapter(self._fresh_id(), name, source, revision, False, now, weight=weight)
+        adapter.fetching = adapter.arriving = True
+        self._by_id[adapter.adapter_id] = self._others[adapter.adapter_id] = adapter
+        return adapter
+
+    def take_over(self, adapter: Adapter) -> Adapter:
+        """The name means the arriving version from now on; returns the one that it meant, now retired."""
+        old = self._by_name[adapter.name]
+        assert adapter.arriving
+        assert not old.draining
+        self._by_name[adapter.name] = adapter
+        del self._others[adapter.adapter_id]
+        self._others[old.adapter_id] = old
+        adapter.arriving, old.retired, old.pinned = False, True, False
+        adapter.tally.served = old.tally.served
+        self._succeed(old.adapter_id, adapter.adapter_id)
+        return old
+
     def get(self, adapter_id: int) -> Adapter:
         """Raises EngineError for an id that is not or no longer known."""
         adapter = self._by_id.get(adapter_id)
@@ -175,35 +236,61 @@ class Catalog:
         return adapter
 
     def for_request(self, adapter_id: int) -> Adapter:
-        """The adapter a new request may use; raises EngineError for a stale id and while it is being unloaded."""
+        """The adapter a new request gets: the latest version of what the id named.
+
+        Raises EngineError for a stale id and while the adapter is being unloaded.
+        """
+        while (later := self._successors.get(adapter_id)) is not None:
+            adapter_id = later
         adapter = self.get(adapter_id)
         if adapter.draining:
             raise EngineError(ErrorCode.ADAPTER_NOT_FOUND, f"adapter '{adapter.name}' is being unloaded")
         return adapter
 
     def begin_unload(self, name: str) -> Adapter:
-        """New requests are refused from now on; raises EngineError for an unknown name or a second unload."""
+        """New requests are refused from now on, and nothing takes the name over.
+
+        Raises EngineError for an unknown name or a second unload.
+        """
         adapter = self.named(name)
         if adapter.draining:
             raise EngineError(ErrorCode.ADAPTER_NOT_FOUND, f"adapter '{name}' is being unloaded already")
-        adapter.draining = True
+        for version in self.versions(name):
+            version.draining = True
         return adapter
 
     def renew(self, adapter: Adapter) -> None:
         """The source has changed: the name goes on under a fresh adapter_id, so nothing of the old one is met again."""
-        del self._by_id[adapter.adapter_id]
+        old = adapter.adapter_id
+        del self._by_id[old]
         adapter.adapter_id = self._fresh_id()
         self._by_id[adapter.adapter_id] = adapter
+        if self._others.pop(old, None):
+            self._others[adapter.adapter_id] = adapter
+        else:
+            self._succeed(old, adapter.adapter_id)
 
     def remove(self, adapter: Adapter) -> None:
-        del self._by_name[adapter.name]
+        """A retired version leaves its totals to the one that has its name."""
+        current = self._by_name.get(adapter.name)
+        if current is adapter:
+            del self._by_name[adapter.name]
+        elif current is not None:
+            current.tally.inherit(adapter.tally)
         del self._by_id[adapter.adapter_id]
+        self._others.pop(adapter.adapter_id, None)
 
     def check(self) -> None:
-        """Raises AssertionError unless both tables tell of the same adapters."""
-        assert {a.adapter_id: a for a in self._by_name.values()} == self._by_id
+        """Raises AssertionError unless the tables tell of the same adapters."""
+        assert {a.adapter_id: a for a in self._by_name.values()} | self._others == self._by_id
         assert all(name == adapter.name for name, adapter in self._by_name.items())
         assert all(adapter_id < self._next_id for adapter_id in self._by_id)
+        assert not any(adapter.retired or adapter.arriving for adapter in self._by_name.values())
+        assert all(adapter.retired != adapter.arriving for adapter in self._others.values())
+        arriving = [adapter.name for adapter in self._others.values() if adapter.arriving]
+        assert len(arriving) == len(set(arriving))
+        assert set(arriving) <= set(self._by_name)
+        assert len(self._successors) <= MAX_SUCCESSIONS
 
     def _new(
         self, name: str, source: str, revision: str | None, pinned: bool, weight: float, now: float
@@ -211,6 +298,11 @@ class Catalog:
         adapter = Adapter(self._fresh_id(), name, source, revision, pinned, now, weight=weight)
         self._by_name[name] = self._by_id[adapter.adapter_id] = adapter
         return adapter
+
+    def _succeed(self, old: int, new: int) -> None:
+        self._successors[old] = new
+        if len(self._successors) > MAX_SUCCESSIONS:
+            self._successors.popitem(last=False)
 
     def _fresh_id(self) -> int:
         self._next_id += 1

@@ -6,12 +6,15 @@ It decides and accounts; reading sources, host pages and copies to the device ar
 from collections.abc import Iterable
 
 from engine.adapters.catalog import Adapter, Catalog, Hosted
+from engine.adapters.reasons import public_reason
 from engine.adapters.residency import Residency
 from engine.blocks import Chain, chain_seed
 from engine.messages import RequestFailed
 from engine.roster import Roster
 from engine.stats import Recorder
 from engine.types import AdapterInfo, EngineError, ErrorCode
+
+LOAD_ERROR_SECONDS = 10.0  # a source that failed is not read again for so long, but for who loads or pins
 
 
 class AdapterControl:
@@ -42,12 +45,26 @@ class AdapterControl:
         adapter = self.catalog.find(adapter_id)
         return None if adapter is None else self._info(adapter)
 
+    def current_id(self, name: str) -> int | None:
+        """The adapter_id that requests for the name get; None for an unknown name."""
+        versions = self.catalog.versions(name)
+        return versions[0].adapter_id if versions else None
+
     def infos(self) -> list[AdapterInfo]:
-        return [self._info(adapter) for adapter in self.catalog]
+        return [self._info(adapter) for adapter in self.catalog.listed]
 
     @property
     def pinned(self) -> list[Adapter]:
-        return [adapter for adapter in self.catalog if adapter.pinned and not adapter.draining]
+        return [adapter for adapter in self.catalog.listed if adapter.pinned and not adapter.draining]
+
+    def wanted(self, adapter: Adapter, now: float) -> None:
+        """A request names it. Raises EngineError while the failure of its last load is remembered."""
+        if adapter.error is not None and now < adapter.retry_at:
+            raise EngineError(
+                ErrorCode.ADAPTER_UNAVAILABLE, f"adapter '{adapter.name}' could not be loaded: {adapter.error}"
+            )
+        adapter.used_at, adapter.error = now, None
+        self._recorder.add("adapter_hits" if adapter.ready else "adapter_misses")
 
     # From the source to the host
 
@@ -57,7 +74,8 @@ class AdapterControl:
     ) -> AdapterInfo:  # fmt: skip
         """Lists an adapter of --lora-paths that is read when it is named, or at once when it is pinned."""
         adapter = self.catalog.add(name, source, revision=revision, pinned=pinned, weight=weight, now=now)
-        self._check_new_pin(adapter)
+        if pinned:
+            self._check_new_pin(adapter)
         return self._info(adapter)
 
     def begin_load(
@@ -69,7 +87,7 @@ class AdapterControl:
         Raises EngineError: LoRA is off, the name is taken, too many pins.
         """
         adapter, ours = self.catalog.begin_load(name, source, revision=revision, pinned=pinned, weight=weight, now=now)
-        if ours:
+        if ours and pinned:
             self._check_new_pin(adapter)
         return self._info(adapter), ours
 
@@ -107,13 +125,17 @@ class AdapterControl:
         self._residency.hosted(adapter, hosted)
         return adapter.adapter_id
 
-    def host_failed(self, adapter_id: int, reason: str) -> list[RequestFailed]:
-        """Reading failed. A first load leaves no trace; an adapter known before is FAILED until named again."""
+    def host_failed(self, adapter_id: int, reason: str, now: float) -> list[RequestFailed]:
+        """Reading failed. A first load leaves no trace, nor does one in place.
+
+        An adapter known before is FAILED and not pinned; it is read again when it is named LOAD_ERROR_SECONDS later.
+        """
         adapter = self.catalog.get(adapter_id)
-        adapter.fetching, adapter.error = False, reason
+        adapter.fetching, adapter.pinned = False, False
+        adapter.error, adapter.retry_at = public_reason(reason, adapter.source), now + LOAD_ERROR_SECONDS
         self._residency.unhost(adapter)
-        failed = self._fail_requests(adapter, f"adapter '{adapter.name}' could not be loaded: {reason}")
-        if not adapter.keep and not adapter.draining:
+        failed = self._fail_requests(adapter, f"adapter '{adapter.name}' could not be loaded: {adapter.error}")
+        if adapter.arriving or not (adapter.keep or adapter.leaving):
             self.catalog.remove(adapter)
         return failed
 
@@ -139,12 +161,72 @@ class AdapterControl:
         self._recorder.load("device", "ok", now - self._copies.pop(adapter_id))
 
     def load_failed(self, adapter_id: int, reason: str, now: float) -> list[RequestFailed]:
-        """The copy failed: its chunks are free again, and it is copied anew when named."""
+        """The copy failed: its chunks are free again, it is not pinned, and it is copied anew when named."""
         adapter = self.catalog.get(adapter_id)
         self._recorder.load("device", "failed", now - self._copies.pop(adapter_id))
         self._residency.evict(adapter, "failed")
-        adapter.error = reason
+        adapter.error, adapter.pinned, adapter.retry_at = reason, False, now
         return self._fail_requests(adapter, f"adapter '{adapter.name}' could not be copied to the device: {reason}")
+
+    # Loads in place
+
+    def begin_replace(
+        self, name: str, source: str, *, revision: str | None, pinned: bool | None, weight: float | None, now: float
+    ) -> AdapterInfo:
+        """A new version of a loaded name, to be read by the caller. Raises EngineError: see the catalogue; pins."""
+        old = self.catalog.named(name)
+        weight = old.weight if weight is None else weight
+        adapter = self.catalog.begin_replace(name, source, revision=revision, weight=weight, now=now)
+        if pinned:
+            self._check_new_pin(adapter, replaces=old)
+        return self._info(adapter)
+
+    def same_content(self, adapter_id: int, content: str, pinned: bool | None) -> int | None:
+        """The adapter_id that the name has, where it stands for this very content and it is on the host.
+
+        The arriving version is gone then; its source, weight and pin are the name's. None: it is to be stored.
+        """
+        adapter = self.catalog.get(adapter_id)
+        current = self.catalog.named(adapter.name)
+        if adapter.draining or not current.on_host or current.content != content:
+            return None
+        pinned = current.pinned if pinned is None else pinned
+        if pinned:
+            self._residency.check_pin(current, self.catalog)
+        current.source, current.revision, current.weight = adapter.source, adapter.revision, adapter.weight
+        current.pinned, current.error = pinned, None
+        self.catalog.remove(adapter)
+        return current.adapter_id
+
+    def take_over(self, adapter_id: int, pinned: bool | None) -> int:
+        """Requests get the version that was stored from now on; returns the adapter_id of the one before.
+
+        Raises EngineError, with the old version untouched: the name is being unloaded, or the pin is refused.
+        """
+        adapter = self.catalog.get(adapter_id)
+        old = self.catalog.named(adapter.name)
+        if adapter.draining:
+            raise gone_while_loading(adapter.name)
+        pinned = old.pinned if pinned is None else pinned
+        if pinned:
+            self._residency.check_pin(adapter, self._others(old))
+        self.catalog.take_over(adapter)
+        adapter.pinned = pinned
+        self._recorder.add("adapters_replaced")
+        return old.adapter_id
+
+    def give_up(self, adapter_id: int) -> None:
+        """An arriving version is not wanted or not to be had; the caller drops its host pages."""
+        if (adapter := self.catalog.find(adapter_id)) is not None:
+            self._residency.unhost(adapter)
+            self.catalog.remove(adapter)
+
+    def finish_retired(self) -> list[AdapterInfo]:
+        """Frees the retired versions that nothing refers to; the caller drops the host pages of these."""
+        drained = [adapter for adapter in self.catalog.retired if self._unused(adapter)]
+        for adapter in drained:
+            self._free(adapter, "replaced")
+        return [self._info(adapter) for adapter in drained]
 
     # Unloads
 
@@ -153,22 +235,23 @@ class AdapterControl:
         return self.catalog.begin_unload(name).adapter_id
 
     def drained(self, name: str) -> bool:
-        """Whether nothing refers to the adapter any more: no sequence, load, copy or uncommitted step."""
-        adapter = self.catalog.named(name)
-        return not (adapter.open or adapter.fetching or adapter.copying or self._residency.in_flight(adapter))
+        """Whether nothing refers to the adapter any more: no sequence, load, copy, uncommitted step or old version."""
+        return all(self._unused(adapter) and not adapter.retired for adapter in self.catalog.versions(name))
+
+    def unwanted_reads(self, draining: Iterable[str]) -> list[int]:
+        """adapter_ids that are read though nobody will use them: of the names being unloaded, or retired."""
+        versions = [adapter for name in draining for adapter in self.catalog.versions(name)]
+        return [a.adapter_id for a in [*versions, *self.catalog.retired] if a.fetching and not a.open]
 
     def fail_requests(self, name: str, reason: str) -> list[RequestFailed]:
         """Ends what still uses the adapter, for a drain that timed out."""
-        return self._fail_requests(self.catalog.named(name), reason)
+        return [failed for adapter in self.catalog.versions(name) for failed in self._fail_requests(adapter, reason)]
 
     def finish_unload(self, name: str) -> int:
         """Frees a drained adapter on every tier; the caller drops the host pages of the adapter_id returned."""
         assert self.drained(name)
         adapter = self.catalog.named(name)
-        if adapter.chunks:
-            self._residency.evict(adapter, "unload")
-        self._residency.unhost(adapter)
-        self.catalog.remove(adapter)
+        self._free(adapter, "unload")
         self._recorder.add("drains")
         return adapter.adapter_id
 
@@ -194,14 +277,24 @@ class AdapterControl:
     def _info(self, adapter: Adapter) -> AdapterInfo:
         return adapter.info(self._chunk_bytes, self._unix_offset)
 
-    def _check_new_pin(self, adapter: Adapter) -> None:
-        if not adapter.pinned:
-            return
+    def _check_new_pin(self, adapter: Adapter, replaces: Adapter | None = None) -> None:
         try:
-            self._residency.check_pin(adapter, self.catalog)
+            self._residency.check_pin(adapter, self._others(replaces))
         except EngineError:
             self.catalog.remove(adapter)
             raise
+
+    def _others(self, replaced: Adapter | None) -> list[Adapter]:
+        return [adapter for adapter in self.catalog if adapter is not replaced]
+
+    def _unused(self, adapter: Adapter) -> bool:
+        return not (adapter.open or adapter.fetching or adapter.copying or self._residency.in_flight(adapter))
+
+    def _free(self, adapter: Adapter, reason: str) -> None:
+        if adapter.chunks:
+            self._residency.evict(adapter, reason)
+        self._residency.unhost(adapter)
+        self.catalog.remove(adapter)
 
     def _may_fetch(self, adapter: Adapter) -> bool:
         unplaced = sum(other.fetching and not other.host_pages for other in self.catalog)
@@ -223,3 +316,8 @@ class AdapterControl:
             RequestFailed(request_id=request_id, code=ErrorCode.ADAPTER_UNAVAILABLE, message=message)
             for request_id in self._roster.end_requests(requests)
         ]
+
+
+def gone_while_loading(name: str) -> EngineError:
+    """What a load is told that an unload overtook."""
+    return EngineError(ErrorCode.ADAPTER_NOT_FOUND, f"adapter '{name}' was unloaded while it was being loaded")

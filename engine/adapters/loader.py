@@ -1,30 +1,26 @@
-"""Carries out what adapters need: reads sources, fills host pages, starts copies, drains. Called by the engine's loop.
+"""Carries out what adapters need: loads, fetches, copies to the device, pins, drains. Called by the engine's loop.
 
 Decisions are AdapterControl's; whatever blocks (files, the hub, filling pages) runs in threads, never on the loop.
 """
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import ParamSpec, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from engine.adapters.catalog import Hosted
-from engine.adapters.control import AdapterControl
+from engine.adapters.control import AdapterControl, gone_while_loading
 from engine.adapters.host import HostAdapter, HostTier
-from engine.adapters.names import check_adapter_name
-from engine.adapters.peft import AdapterFile, read_adapter
+from engine.adapters.hub import Hub
+from engine.adapters.intake import AdapterReader, Intake, foreseen
+from engine.adapters.loads import Loads, Wanted
 from engine.adapters.residency import HostFullError
-from engine.adapters.source import resolve_source
-from engine.adapters.spec import AdapterLimits
+from engine.adapters.source import RepositoryMissing
+from engine.adapters.start import Start
 from engine.config import LoraPath
 from engine.messages import AdapterRemoved, AdapterUpdated, Event, RequestFailed
-from engine.models.dims import ModelDims
 from engine.plan import AdapterLoad
 from engine.stats import Recorder
 from engine.types import AdapterInfo, AdapterState, EngineError, ErrorCode
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class Device(Protocol):
@@ -37,21 +33,12 @@ class Device(Protocol):
     def drop(self, adapter_id: int) -> None: ...
 
 
-class AdapterReader:
-    """From a source to an AdapterFile; blocking."""
+@dataclass(slots=True)
+class Drain:
+    """An unload under way."""
 
-    def __init__(self, dims: ModelDims, limits: AdapterLimits, base: str) -> None:
-        self._dims = dims
-        self._limits = limits
-        self._base = base
-
-    def check_name(self, name: str) -> None:
-        """Raises EngineError for a name that no adapter may bear."""
-        check_adapter_name(name, self._base)
-
-    def read(self, source: str, revision: str | None) -> AdapterFile:
-        """Raises EngineError with the reason."""
-        return read_adapter(Path(resolve_source(source, revision)), self._dims, self._limits)
+    drained: asyncio.Event = field(default_factory=asyncio.Event)  # nothing uses the adapter any more
+    gone: asyncio.Event = field(default_factory=asyncio.Event)  # it is freed
 
 
 class AdapterLoader:
@@ -59,72 +46,88 @@ class AdapterLoader:
 
     def __init__(
         self, control: AdapterControl, host: HostTier, device: Device, reader: AdapterReader, recorder: Recorder,
-        post: Callable[[Event], None], wake: asyncio.Event,
+        post: Callable[[Event], None], wake: asyncio.Event, hub: Hub | None = None,
     ) -> None:  # fmt: skip
         self._control = control
         self._host = host
         self._device = device
-        self._reader = reader
-        self._recorder = recorder
         self._post = post
         self._wake = wake
         self._loop = asyncio.get_running_loop()
-        self._loads: dict[int, asyncio.Future[None]] = {}  # first loads that run, by adapter_id
+        self._intake = Intake(control, host, reader, recorder, self._announce, hub)
+        self._loads = Loads(control, self._intake, self._fail, self._replaced, self._changed)
         self._arrivals: dict[int, list[asyncio.Future[None]]] = {}  # who waits until an adapter is resident
-        self._drains: dict[str, asyncio.Event] = {}  # unloads under way, by name
+        self._drains: dict[str, Drain] = {}  # by name
         self._tasks: set[asyncio.Task[None]] = set()
 
     # Calls
 
-    async def start(self, paths: Sequence[LoraPath], max_loaded: int | None) -> None:
-        """Loads --lora-paths in their order. Those beyond `max_loaded` are checked and listed; pinned ones load always.
+    async def start(self, paths: Sequence[LoraPath], max_loaded: int | None, restored: Sequence[LoraPath] = ()) -> None:
+        """Loads --lora-paths in their order, then what was served before.
 
-        Raises EngineError naming the path.
+        Those beyond `max_loaded` are checked and listed; pinned and preloaded ones load always. Raises EngineError
+        naming the path where one of --lora-paths fails; of what was served before the reason is kept.
         """
-        pinned = sum(path.pinned for path in paths)
-        room = len(paths) if max_loaded is None else max_loaded - pinned
-        for path in paths:
-            loads = path.pinned or room > 0
-            room -= loads and not path.pinned
-            try:
-                await self._start_one(path, loads)
-            except EngineError as error:
-                raise EngineError(error.code, f"--lora-paths {path.name}={path.path}: {error.message}") from error
+        await Start(self._control, self._intake, self._loads).run(paths, max_loaded, restored)
 
-    async def _start_one(self, path: LoraPath, loads: bool) -> None:
-        self._reader.check_name(path.name)
-        if loads:
-            await self._load(path.name, path.path, path.pinned, path.revision, path.weight)
-            return
-        await asyncio.to_thread(self._reader.read, path.path, path.revision)
-        self._control.list_cold(path.name, path.path, revision=path.revision, weight=path.weight, now=self._loop.time())
+    async def offer(self, name: str, source: str) -> AdapterInfo:
+        """Lists an adapter that is read when a request comes for it; a hub repository is fetched first.
 
-    async def load(
-        self, name: str, source: str, pinned: bool, revision: str | None, weight: float = 1.0
-    ) -> AdapterInfo:
-        """Returns when the adapter is on the host, a pinned one in the arena. Raises EngineError with the reason."""
-        self._reader.check_name(name)
-        adapter_id = await self._load(name, source, pinned, revision, weight)
-        self._announce(adapter_id)
-        if pinned:
-            await self._resident(adapter_id)
+        Raises EngineError: ADAPTER_NOT_FOUND where the hub has none such, ADAPTER_UNAVAILABLE where it fails.
+        """
+        self._intake.check_name(name)
+        try:
+            await self._intake.fetched(source)
+        except RepositoryMissing as error:
+            raise EngineError(ErrorCode.ADAPTER_NOT_FOUND, error.message) from error
+        except EngineError as error:
+            raise EngineError(ErrorCode.ADAPTER_UNAVAILABLE, error.message) from error
+        if self._control.current_id(name) is None:
+            self._announce(self._control.list_cold(name, source, now=self._loop.time()).adapter_id)
         return self._control.info(name)
 
-    async def unload(self, name: str, timeout: float) -> None:
-        """Returns when the adapter is gone from every tier."""
-        adapter_id = self._control.begin_unload(name)
+    async def load(self, wanted: Wanted, *, inplace: bool = False, timeout: float | None = None) -> AdapterInfo:
+        """Returns when the adapter is on the host, a pinned one in the arena. Raises EngineError with the reason.
+
+        `inplace`: a loaded name gets these weights. `timeout` is in seconds.
+        """
+        self._intake.check_name(wanted.name)
+        deadline = None if timeout is None else self._loop.time() + timeout
+        adapter_id = await (self._loads.in_place if inplace else self._loads.first)(wanted, deadline)
         self._announce(adapter_id)
-        drained = self._drains[name] = asyncio.Event()
+        info = self._control.find(adapter_id)
+        if info is not None and info.pinned:
+            await self._pinned_in_time(adapter_id, deadline)
+        return self._control.info(wanted.name)
+
+    async def unload(self, name: str, timeout: float, *, force: bool = False) -> None:
+        """Returns when the adapter is gone from every tier.
+
+        What uses it is ended after `timeout` seconds, with `force` at once: also where another unload waits for it.
+        """
+        if force and (other := self._drains.get(name)) is not None:
+            self._end_users(name)
+            await other.gone.wait()
+            return
+        self._announce(self._control.begin_unload(name))
+        drain = self._drains[name] = Drain()
         try:
-            self.settle()
-            try:
-                await asyncio.wait_for(drained.wait(), timeout)
-            except TimeoutError:
-                self._fail(self._control.fail_requests(name, f"adapter '{name}' was unloaded"))
-                await drained.wait()
+            await self._drain(name, drain, 0.0 if force else timeout)
+            self._forget(name)
         finally:
             del self._drains[name]
-        self._forget(name)
+            drain.gone.set()
+
+    async def _drain(self, name: str, drain: Drain, timeout: float) -> None:
+        self.settle()
+        if timeout <= 0:
+            self._end_users(name)
+        try:
+            async with asyncio.timeout(timeout or None):
+                await drain.drained.wait()
+        except TimeoutError:
+            self._end_users(name)
+            await drain.drained.wait()
 
     async def pin(self, name: str, pinned: bool) -> AdapterInfo:
         """Pinning returns when the adapter is in the arena."""
@@ -157,87 +160,46 @@ class AdapterLoader:
             self._device.drop(adapter_id)
 
     def settle(self) -> None:
-        """Something ended: tells the drains that wait for it."""
-        for name, drained in self._drains.items():
+        """Something ended: gives up reads for nobody, frees what was replaced, tells the drains that wait for it."""
+        for adapter_id in self._control.unwanted_reads(self._drains):
+            info = self._control.find(adapter_id)
+            assert info is not None
+            self._intake.abandon(adapter_id, gone_while_loading(info.name))
+        for retired in self._control.finish_retired():
+            self._intake.drop(retired.adapter_id)
+            self._post(AdapterRemoved(name=retired.name, adapter_id=retired.adapter_id))
+        for name, drain in self._drains.items():
             if self._control.drained(name):
-                drained.set()
+                drain.drained.set()
 
     def close(self) -> None:
         """Ends what runs; threads that read go on until their file is read."""
+        self._loads.close()
+        self._intake.close()
         for task in self._tasks:
             task.cancel()
 
     # From source to host
 
-    async def _load(self, name: str, source: str, pinned: bool, revision: str | None, weight: float) -> int:
-        """The adapter_id of a first load, ours or the identical one that runs already."""
-        info, ours = self._control.begin_load(
-            name, source, revision=revision, pinned=pinned, weight=weight, now=self._loop.time()
-        )
-        adapter_id = info.adapter_id
-        if not ours:
-            await asyncio.shield(self._loads[adapter_id])
-            return adapter_id
-        done = self._loads[adapter_id] = self._loop.create_future()
-        try:
-            await self._to_host(adapter_id, source, revision)
-            done.set_result(None)
-        except asyncio.CancelledError:  # the engine stops
-            done.cancel()
-            raise
-        except Exception as error:
-            reason = error if isinstance(error, EngineError) else _unforeseen(error)
-            self._fail(self._control.host_failed(adapter_id, reason.message))
-            done.set_exception(reason)
-            done.exception()  # nobody else may be waiting
-            raise reason from error
-        finally:
-            del self._loads[adapter_id]
-        return adapter_id
-
     async def _fetch(self, adapter_id: int) -> None:
         info = self._control.find(adapter_id)
         assert info is not None, "an adapter is not removed while it is fetched"
         try:
-            renewed = await self._to_host(adapter_id, info.source, info.revision)
+            file = await self._intake.read(adapter_id, info.source, info.revision, again=False)
+            renewed = await self._intake.store(adapter_id, file)
         except HostFullError:
             self._control.host_postponed(adapter_id)
         except Exception as error:
-            reason = error if isinstance(error, EngineError) else _unforeseen(error)
-            self._fail(self._control.host_failed(adapter_id, reason.message))
+            reason = foreseen(error)
+            self._fail(self._control.host_failed(adapter_id, reason.message, self._loop.time()))
             self._arrived(adapter_id, reason)
             self._announce(adapter_id)
         else:
             if renewed != adapter_id:
                 self._post(AdapterRemoved(name=info.name, adapter_id=adapter_id))
-                self._arrivals[renewed] = self._arrivals.pop(adapter_id, [])
+                self._arrive_as(adapter_id, renewed)
             self._announce(renewed)
         self._changed()
-
-    async def _to_host(self, adapter_id: int, source: str, revision: str | None) -> int:
-        """Returns the adapter_id it has from now on."""
-        file = await self._timed("source", self._reader.read, source, revision)
-        pages = self._host.layout(file.spec).chunks
-        for victim in self._control.make_host_room(adapter_id, pages):
-            self._host.drop(victim)
-        await self._timed("host", self._host.store, adapter_id, file)
-        spec = file.spec
-        hosted = Hosted(pages=pages, rank=spec.rank, modules=spec.module_names, content=spec.content_hash)
-        renewed = self._control.host_done(adapter_id, hosted)
-        if renewed != adapter_id:
-            self._host.rename(adapter_id, renewed)
-        self._changed()
-        return renewed
-
-    async def _timed(self, stage: str, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        start = self._loop.time()
-        outcome = "failed"
-        try:
-            result = await asyncio.to_thread(work, *args, **kwargs)
-            outcome = "ok"
-            return result
-        finally:
-            self._recorder.load(stage, outcome, self._loop.time() - start)
 
     # From host to arena
 
@@ -249,8 +211,25 @@ class AdapterLoader:
             self._control.load_done(adapter_id, self._loop.time())
         else:
             self._fail(self._control.load_failed(adapter_id, str(error), self._loop.time()))
-        self._arrived(adapter_id, None if error is None else _unforeseen(error))
+            self._announce(adapter_id)
+        self._arrived(adapter_id, None if error is None else foreseen(error))
         self._changed()
+
+    async def _pinned_in_time(self, adapter_id: int, deadline: float | None) -> None:
+        """`_resident`, but at the deadline the adapter stays where it is and is not pinned."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._resident(adapter_id)
+        except TimeoutError:
+            info = self._control.find(adapter_id)
+            name = "" if info is None else info.name
+            if self._control.current_id(name) == adapter_id:
+                self._control.unpin(name)
+                self._announce(adapter_id)
+            raise EngineError(
+                ErrorCode.ADAPTER_UNAVAILABLE,
+                f"adapter '{name}' is loaded, but came not to the arena within the given time: it is not pinned",
+            ) from None
 
     async def _resident(self, adapter_id: int) -> None:
         """Returns when the adapter is in the arena; raises EngineError when a load of it fails."""
@@ -271,18 +250,34 @@ class AdapterLoader:
             else:
                 arrival.set_exception(error)
 
+    def _arrive_as(self, adapter_id: int, renewed: int) -> None:
+        """Who waits for the first waits for the second now."""
+        if waiting := self._arrivals.pop(adapter_id, []):
+            self._arrivals.setdefault(renewed, []).extend(waiting)
+
     # Telling
+
+    def _replaced(self, old: int, new: int) -> None:
+        self._arrive_as(old, new)
+        self._announce(new)
+        if (info := self._control.find(new)) is not None and not info.pinned:
+            unpinned = EngineError(ErrorCode.ADAPTER_UNAVAILABLE, f"'{info.name}' was replaced and is not pinned")
+            self._arrived(new, unpinned)
+
+    def _end_users(self, name: str) -> None:
+        self._fail(self._control.fail_requests(name, f"adapter '{name}' was unloaded"))
 
     def _forget(self, name: str) -> None:
         adapter_id = self._control.finish_unload(name)
-        if self._host.get(adapter_id) is not None:
-            self._host.drop(adapter_id)
+        self._intake.drop(adapter_id)
         self._arrived(adapter_id, EngineError(ErrorCode.ADAPTER_NOT_FOUND, f"adapter '{name}' was unloaded"))
         self._post(AdapterRemoved(name=name, adapter_id=adapter_id))
         self._changed()
 
     def _announce(self, adapter_id: int) -> None:
-        if (info := self._control.find(adapter_id)) is not None:
+        """Of a version that was replaced, or is to take over, nothing is told."""
+        info = self._control.find(adapter_id)
+        if info is not None and self._control.current_id(info.name) == adapter_id:
             self._post(AdapterUpdated(adapter=info))
 
     def _fail(self, failures: list[RequestFailed]) -> None:
@@ -293,7 +288,3 @@ class AdapterLoader:
     def _changed(self) -> None:
         self.settle()
         self._wake.set()
-
-
-def _unforeseen(error: BaseException) -> EngineError:
-    return EngineError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")

@@ -28,7 +28,7 @@ class Limits:
     """What bounds adapters on each tier."""
 
     max_pins: int  # one slot and one place on the host are left to the others
-    max_loaded: int | None  # adapters on the host; None: as many as fit
+    max_loaded: int | None  # names of adapters on the host; None: as many as fit
     max_host_pages: int | None
     max_adapter_chunks: int  # of the largest adapter that the server accepts
     context_blocks: int  # of one full context
@@ -201,7 +201,7 @@ class Residency:
             assert not (adapter.copying and not adapter.chunks)
             assert not adapter.on_host or adapter.host_pages == adapter.pages
         limit = self.limits.max_loaded
-        assert limit is None or len(self._host) <= limit
+        assert limit is None or len({adapter.name for adapter in self._host.values()}) <= limit
 
     def _now_idle(self, adapter: Adapter) -> None:
         adapter.idle_since = self._eviction.now
@@ -214,16 +214,21 @@ class Residency:
     def _victims(
         self, adapter: Adapter, pages: int, protect: Collection[int], fetching: int = 0
     ) -> list[Adapter] | None:
-        """Who must leave the host for this adapter, oldest first; None when too few may."""
+        """Who must leave the host for this adapter, oldest first; None when too few may.
+
+        Versions of one name count once, their pages each.
+        """
         others = [other for other in self._host.values() if other is not adapter]
         spare = sorted((o for o in others if self._may_leave_host(o, protect)), key=lambda o: o.touched, reverse=True)
-        count, held = len(others) + 1 + fetching, sum(other.host_pages for other in others) + pages
+        names = Counter([adapter.name, *(other.name for other in others)])
+        count, held = len(names) + fetching, sum(other.host_pages for other in others) + pages
         victims: list[Adapter] = []
         while self._exceeds_host(count, held):
             if not spare:
                 return None
             victims.append(spare.pop())
-            count, held = count - 1, held - victims[-1].host_pages
+            names[victims[-1].name] -= 1
+            count, held = count - (not names[victims[-1].name]), held - victims[-1].host_pages
         return victims
 
     def _exceeds_host(self, adapters: int, pages: int) -> bool:
@@ -231,7 +236,7 @@ class Residency:
         return (loaded is not None and adapters > loaded) or (limit is not None and pages > limit)
 
     def _may_leave_host(self, adapter: Adapter, protect: Collection[int]) -> bool:
-        in_use = adapter.pinned or adapter.copying or adapter.started or self.in_flight(adapter)
+        in_use = adapter.pinned or adapter.copying or adapter.started or adapter.retired or self.in_flight(adapter)
         return adapter.on_host and not in_use and adapter.adapter_id not in protect
 
     def _refuse_pinned_bytes(self, adapter: Adapter, pinned: list[Adapter]) -> None:

@@ -520,16 +520,6 @@ def test_a_failed_copy_fails_those_who_wait_and_is_tried_again() -> None:
     assert driver.requests[base].finish
 
 
-def test_fail_all_ends_everything() -> None:
-    driver = Driver(small_config())
-    requests = [driver.submit([1] * 14, n=2), driver.submit([2])]
-    driver.step()
-    driver.fail(driver.scheduler.fail_all("the device is gone"))
-    assert all(driver.requests[request].failed for request in requests)
-    assert not driver.scheduler.has_work
-    finish(driver)
-
-
 def test_results_of_another_step_are_refused() -> None:
     driver = Driver(small_config())
     driver.submit([1] * 20)

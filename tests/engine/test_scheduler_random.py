@@ -86,7 +86,7 @@ class History:
         if self.driver.copying and self.rng.random() < 0.5:
             self.driver.fail(control.load_failed(self.driver.copying.pop(), "broken link", self.driver.now))
         elif self.driver.fetching:
-            self.driver.fail(control.host_failed(self.driver.fetching.pop(), "gone"))
+            self.driver.fail(control.host_failed(self.driver.fetching.pop(), "gone", self.driver.now))
 
     def load(self) -> None:
         name = self.rng.choice(self.NAMES)
@@ -95,7 +95,7 @@ class History:
         except EngineError as error:
             if error.code is ErrorCode.ADAPTER_UNAVAILABLE:
                 adapter_id = self.driver.adapter_id(name)
-                self.driver.fail(self.driver.scheduler.adapters.host_failed(adapter_id, error.message))
+                self.driver.fail(self.driver.scheduler.adapters.host_failed(adapter_id, error.message, self.driver.now))
             else:
                 expect(error, ErrorCode.ADAPTER_EXISTS)
 

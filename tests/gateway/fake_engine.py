@@ -190,6 +190,7 @@ class FakeEngine:
         self.failure: EngineError | None = None  # raised at the next step of every running request
         self.cached_tokens = 0
         self.submissions: list[Submission] = []
+        self.calls: list[tuple[str, dict[str, object]]] = []  # loads and unloads
         self._ids = itertools.count(1)
         self._running: set[FakeGeneration] = set()
         self._permits: int | None = None  # None: steps are free
@@ -215,13 +216,26 @@ class FakeEngine:
         return generation
 
     async def load_adapter(
-        self, name: str, source: str, *, pinned: bool = False, revision: str | None = None, weight: float = 1.0
+        self,
+        name: str,
+        source: str,
+        *,
+        pinned: bool | None = None,
+        revision: str | None = None,
+        weight: float | None = None,
+        inplace: bool = False,
+        timeout: float | None = None,
     ) -> AdapterInfo:
-        if name in self.adapters:
+        self.calls.append(("load", {"name": name, "revision": revision, "inplace": inplace, "timeout": timeout}))
+        old = self.adapters.get(name)
+        if old is not None and not inplace:
             raise EngineError(ErrorCode.ADAPTER_EXISTS, f"adapter '{name}' is loaded already")
-        return self._add(name, source, pinned=pinned, weight=weight)
+        if old is not None:
+            pinned, weight = old.pinned if pinned is None else pinned, old.weight if weight is None else weight
+        return self._add(name, source, pinned=bool(pinned), weight=1.0 if weight is None else weight)
 
-    async def unload_adapter(self, name: str, *, timeout: float = 30.0) -> None:
+    async def unload_adapter(self, name: str, *, timeout: float = 30.0, force: bool = False) -> None:
+        self.calls.append(("unload", {"name": name, "timeout": timeout, "force": force}))
         self._known(name)
         del self.adapters[name]
 

@@ -52,7 +52,9 @@ class FakeProcess:
             await self._link.flush()
             return
         for i, entry in enumerate(self._config.lora_paths):
-            self._adapters[entry.name] = self._adapter(i, entry.name, entry.path, pinned=entry.pinned)
+            self._adapters[entry.name] = self._adapter(
+                i, entry.name, entry.path, pinned=entry.pinned, revision=entry.revision
+            )
         self._link.post(Ready(model=self._model(), adapters=list(self._adapters.values())))
         beat = asyncio.create_task(self._beat())
         while (command := await self._link.receive()) is not None and not isinstance(command, Shutdown):
@@ -66,11 +68,11 @@ class FakeProcess:
 
     def _handle(self, command: Command) -> None:
         match command:
-            case LoadAdapter(call_id=call_id, name=name, source=source, pinned=pinned):
+            case LoadAdapter(call_id=call_id, name=name, source=source, pinned=pinned, revision=revision):
                 if "broken" in source:
                     self._link.post(CallResult(call_id=call_id, code=ErrorCode.ADAPTER_INVALID, message="broken"))
                 else:
-                    self._put(call_id, self._adapter(call_id, name, source, pinned=pinned))
+                    self._put(call_id, self._adapter(call_id, name, source, pinned=bool(pinned), revision=revision))
             case PinAdapter(call_id=call_id, name=name, pinned=pinned):
                 self._put(call_id, msgspec.structs.replace(self._adapters[name], pinned=pinned))
             case UnloadAdapter(call_id=call_id, name=name):
@@ -90,8 +92,13 @@ class FakeProcess:
         self._link.post(AdapterUpdated(adapter=adapter))
         self._link.post(CallResult(call_id=call_id, adapter=adapter))
 
-    def _adapter(self, adapter_id: int, name: str, source: str, *, pinned: bool) -> AdapterInfo:
-        return AdapterInfo(name=name, adapter_id=adapter_id, source=source, state=AdapterState.HOST, pinned=pinned)
+    def _adapter(
+        self, adapter_id: int, name: str, source: str, *, pinned: bool, revision: str | None = None
+    ) -> AdapterInfo:
+        state = AdapterState.HOST
+        return AdapterInfo(
+            name=name, adapter_id=adapter_id, source=source, revision=revision, state=state, pinned=pinned
+        )
 
     def _model(self) -> ModelInfo:
         assert self._config.model_path is not None

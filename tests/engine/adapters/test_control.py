@@ -3,6 +3,7 @@
 import pytest
 
 from engine.adapters.catalog import Hosted
+from engine.adapters.control import LOAD_ERROR_SECONDS
 from engine.adapters.residency import HostFullError
 from engine.types import AdapterState, EngineError, ErrorCode, FinishReason
 from tests.engine.simulated import Driver, small_config
@@ -74,7 +75,7 @@ def test_a_first_load_that_fails_leaves_no_trace() -> None:
     driver = Driver(small_config())
     control = driver.scheduler.adapters
     info, _ = control.begin_load("a", "x")
-    assert control.host_failed(info.adapter_id, "no such file") == []
+    assert control.host_failed(info.adapter_id, "no such file", 0.0) == []
     assert control.find(info.adapter_id) is None
     assert driver.add("a") != info.adapter_id
 
@@ -84,7 +85,7 @@ def test_requests_wait_for_a_first_load_and_fail_with_it() -> None:
     driver.sources["a"] = ("a/1", 2)
     info, _ = driver.scheduler.adapters.begin_load("a", "x")
     request = driver.submit([1], "a")
-    driver.fail(driver.scheduler.adapters.host_failed(info.adapter_id, "it is a pickle"))
+    driver.fail(driver.scheduler.adapters.host_failed(info.adapter_id, "it is a pickle", 0.0))
     failed = driver.requests[request].failed
     assert failed is not None
     assert failed.code is ErrorCode.ADAPTER_UNAVAILABLE
@@ -112,11 +113,17 @@ def test_a_known_adapter_whose_source_is_gone_fails_and_is_tried_again_when_name
     driver.add("a", cold=True)
     first = driver.submit([1], "a")
     driver.plan()
-    driver.fail(driver.scheduler.adapters.host_failed(driver.fetching.pop(), "gone"))
+    driver.fail(driver.scheduler.adapters.host_failed(driver.fetching.pop(), "gone", driver.now))
     assert driver.requests[first].failed is not None
     assert state(driver, "a") is AdapterState.FAILED
     assert driver.scheduler.adapters.info("a").error == "gone"
     driver.late_loads = False
+    for _ in range(3):
+        with pytest.raises(EngineError, match="could not be loaded: gone") as refused:
+            driver.submit([1], "a")
+        assert refused.value.code is ErrorCode.ADAPTER_UNAVAILABLE
+        assert driver.scheduler.take_fetches() == [], "its source is left alone"
+    driver.now += LOAD_ERROR_SECONDS
     second = driver.submit([1], "a")
     driver.run()
     assert driver.requests[second].finish
@@ -139,8 +146,8 @@ def test_a_changed_source_is_another_adapter() -> None:
     assert driver.adapter_id("a") != old
     assert driver.requests[request].cached_tokens[0] == 0
     driver.check_outputs()
-    with pytest.raises(EngineError, check=lambda error: error.code is ErrorCode.ADAPTER_NOT_FOUND):
-        driver.scheduler.adapters.catalog.for_request(old)
+    renewed = driver.scheduler.adapters.catalog.for_request(old)
+    assert renewed.adapter_id == driver.adapter_id("a"), "a request that was on its way gets what the name means now"
 
 
 def test_an_unchanged_source_keeps_its_id_and_its_kv() -> None:

@@ -142,6 +142,13 @@ async def test_a_failing_fetch_fails_those_who_wait_and_nobody_else() -> None:
         assert engine.client.adapters["b"].error == "b is not there"
         assert (await engine.ask("a")).finish is FinishReason.LENGTH
         engine.reader.sources["b"] = "two"
+        reads = len(engine.reader.reads)
+        for _ in range(3):
+            with pytest.raises(EngineError, match="could not be loaded: b is not there") as refused:
+                await engine.ask("b")
+            assert code_of(refused.value) is ErrorCode.ADAPTER_UNAVAILABLE
+        assert len(engine.reader.reads) == reads, "the failure is remembered"
+        engine.scheduler.adapters.catalog.named("b").retry_at = 0.0  # its time is over
         assert (await engine.ask("b")).finish is FinishReason.LENGTH, "naming it again tries again"
 
 
@@ -242,17 +249,17 @@ async def test_unload_while_it_loads() -> None:
         await freed(engine, "a")
 
 
-async def test_unload_while_its_load_fails() -> None:
+async def test_unload_does_not_wait_for_a_load_that_nobody_needs() -> None:
     async with harness() as engine:
         gate = engine.reader.hold("gone")
         loading = asyncio.create_task(engine.client.load_adapter("a", "gone"))
         await engine.reader.reading.wait()
-        unloading = asyncio.create_task(engine.client.unload_adapter("a"))
-        await engine.told()
+        async with asyncio.timeout(10):
+            await engine.client.unload_adapter("a")
+            (failure,) = await asyncio.gather(loading, return_exceptions=True)
+        assert code_of(failure) is ErrorCode.ADAPTER_NOT_FOUND
+        assert "was unloaded while it was being loaded" in str(failure)
         gate.set()
-        await unloading
-        (failure,) = await asyncio.gather(loading, return_exceptions=True)
-        assert code_of(failure) is ErrorCode.ADAPTER_INVALID
         await freed(engine, "a")
 
 
