@@ -11,6 +11,7 @@ class LoraPath(msgspec.Struct, frozen=True, kw_only=True):
     pinned: bool = False
     revision: str | None = None
     weight: float = 1.0  # of its share, where the policy is fair
+    preload: bool = False  # read to the host at start, before others get what room there is
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +28,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     enable_lora: bool = False
     lora_paths: tuple[LoraPath, ...] = ()
+    lora_restored: tuple[LoraPath, ...] = ()  # served before; what cannot be loaded now is listed with its reason
+    lora_dir: str | None = None  # links in adapters from there must not lead out
+    lora_hub_timeout: float = 120.0  # seconds for the files of one adapter
     max_loras_per_batch: int = 8
     max_loaded_loras: int | None = None
     max_lora_rank: int | None = None  # None: inferred from lora_paths, else 256
