@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_meta import DECODE_INTS, SEQUENCE_INTS, AttentionMeta
-from kernels.launch import decode_tiles, power_of_two, require, require_rows
+from kernels.launch import decode_tiles, dependent, power_of_two, require, require_rows
 from kernels.layout import KvLayout
 from kernels.lora_meta import DECODE_ITEMS, DECODE_SEQUENCES
 
@@ -38,6 +38,7 @@ def _decode(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: one KV head's query group against one span of keys. scale includes log2(e)."""
     kv_head = tl.program_id(0)
@@ -49,6 +50,8 @@ def _decode(
     keys = arena + layer_start + kv_head * (BLOCK_TOKENS * HEAD_DIM)
     values = keys + KV_HEADS * BLOCK_TOKENS * HEAD_DIM
     total = tl.load(counts + ITEMS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     # An item is loaded in its own turn: triton 3.6 keeps the first item's value where a bound of the inner loop is
     # carried from turn to turn.
     for item in range(tl.program_id(1), total, tl.num_programs(1)):
@@ -100,6 +103,7 @@ def _combine(
     HEAD_DIM: tl.constexpr,
     BS: tl.constexpr,
     BD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: one head of one sequence, BS spans at a time."""
     head = tl.program_id(0)
@@ -109,6 +113,8 @@ def _combine(
     first = tl.load(sequences + index * SEQUENCE_INTS + 1)
     spans = tl.load(sequences + index * SEQUENCE_INTS + 2)
     row = tl.load(sequences + index * SEQUENCE_INTS).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     if (index < tl.load(counts + SEQUENCES)) & (spans > 1):
         acc = tl.zeros([BD], tl.float32)
         most = -float("inf")
@@ -129,7 +135,14 @@ def _combine(
 
 
 def decode_attention(
-    out: Tensor, q: Tensor, arena: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
+    out: Tensor,
+    q: Tensor,
+    arena: Tensor,
+    layout: KvLayout,
+    layer: int,
+    meta: AttentionMeta,
+    scale: float,
+    pdl: bool = False,
 ) -> None:
     """Attention of the step's decodes: one new token each, over everything cached (or the window that was packed).
 
@@ -170,8 +183,10 @@ def decode_attention(
         BM=tiles.rows,
         BN=tiles.keys,
         BD=wide,
+        PDL=pdl,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        **dependent(pdl),
     )
     if meta.bounds.max_parts > 1:
         _combine[(heads, meta.bounds.sequences)](
@@ -187,5 +202,7 @@ def decode_attention(
             HEAD_DIM=layout.head_dim,
             BS=8,
             BD=wide,
+            PDL=pdl,
             num_warps=2,
+            **dependent(pdl),
         )

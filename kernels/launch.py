@@ -40,6 +40,11 @@ def require_rows(*tensors: Tensor) -> None:
         require(tensor.stride(-1) == 1, "the last dimension must be contiguous")
 
 
+def dependent(on: bool) -> dict[str, bool]:
+    """Launch option of a kernel that may start before the one ahead of it ends, and waits for it by itself."""
+    return {"launch_pdl": True} if on else {}
+
+
 @dataclass(frozen=True, slots=True)
 class ShrinkTiles:
     """merged: one program computes all modules of its rows, so that x is read once."""
@@ -51,7 +56,7 @@ class ShrinkTiles:
     stages: int
 
 
-def shrink_splits(tokens: int) -> int:
+def shrink_splits(tokens: int, group: LoraGroup) -> int:
     """Parts of the inner dimension at decode: more keep an idle device busier, and make expand read more."""
     return 8 if 4 < tokens <= 48 else 4
 
@@ -60,7 +65,7 @@ def shrink_tiles(bounds: LoraBounds, group: LoraGroup, itemsize: int) -> ShrinkT
     """Small tiles split the inner dimension to have enough programs; large ones read x once for all modules."""
     narrow = 2 if itemsize == 4 else 1
     if bounds.tile == 16:
-        splits = min(split_bound(bounds), shrink_splits(bounds.tokens), cdiv(group.inner, 256))
+        splits = min(split_bound(bounds), shrink_splits(bounds.tokens, group), cdiv(group.inner, 256))
         return ShrinkTiles(256 // narrow, splits, False, 4, 3)
     return ShrinkTiles(64 // narrow, 1, len(group.features) > 1, 4, 3)
 

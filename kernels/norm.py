@@ -5,12 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import power_of_two, require, require_rows
+from kernels.fetch import WARP, Ahead, ahead_arguments, fetch
+from kernels.launch import dependent, power_of_two, require, require_rows
 from kernels.lora_meta import LORA_ROWS
 
 
 @triton.jit
-def _rms_norm(
+def _row(
+    row,
     out,
     x,
     residual,
@@ -27,11 +29,13 @@ def _rms_norm(
     ROWS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     DELTA: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     real = i < SIZE
     w = tl.load(weight + i, mask=real, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     value = tl.load(x + row * x_stride + i, mask=real, other=0.0).to(tl.float32)
     if RESIDUAL:
         value += tl.load(residual + row * residual_stride + i, mask=real, other=0.0).to(tl.float32)
@@ -42,6 +46,43 @@ def _rms_norm(
         tl.store(residual + row * residual_stride + i, value.to(residual.dtype.element_ty), mask=real)
     scale = tl.rsqrt(tl.sum(value * value, 0) / SIZE + eps)
     tl.store(out + row * out_stride + i, (value * scale * w).to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit(do_not_specialize=["rows", "ahead_count"])
+def _rms_norm(
+    out,
+    x,
+    residual,
+    delta,
+    counts,
+    weight,
+    eps,
+    out_stride,
+    x_stride,
+    residual_stride,
+    delta_stride,
+    rows,
+    ahead,
+    ahead_count,
+    ahead_width,
+    ahead_stride,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    DELTA: tl.constexpr,
+    LANES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program: one row; those beyond the rows fetch ahead."""
+    program = tl.program_id(0)
+    if program < rows:
+        _row(
+            program.to(tl.int64), out, x, residual, delta, counts, weight, eps,
+            out_stride, x_stride, residual_stride, delta_stride, SIZE, BLOCK, ROWS, RESIDUAL, DELTA, PDL,
+        )  # fmt: skip
+    elif LANES:
+        fetch(ahead, program - rows, ahead_count, ahead_width, ahead_stride, LANES)
 
 
 def rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
@@ -61,13 +102,15 @@ def add_rms_norm(
     *,
     delta: Tensor | None = None,
     counts: Tensor | None = None,
+    ahead: Ahead | None = None,
+    pdl: bool = False,
 ) -> None:
     """out, residual, y, delta: [tokens, size], rows contiguous; out may be y. weight: [size].
 
     Semantics: s[t] = residual[t] + y[t] (+ delta[t] for t < counts[LORA_ROWS]); residual = s;
     out[t, i] = s[t, i] / sqrt(mean_j s[t, j]^2 + eps) * weight[i], from s before it is rounded.
     """
-    _launch(out, y, residual, weight, eps, delta, counts)
+    _launch(out, y, residual, weight, eps, delta, counts, ahead, pdl)
 
 
 def _launch(
@@ -78,12 +121,15 @@ def _launch(
     eps: float,
     delta: Tensor | None,
     counts: Tensor | None,
+    ahead: Ahead | None = None,
+    pdl: bool = False,
 ) -> None:
     require_rows(out, x, weight)
     require(delta is None or counts is not None, "a delta needs the counts of its rows")
     require(out.shape == x.shape and x.shape[1] == weight.shape[0], "rows and weight differ in size")
-    block = power_of_two(x.shape[1])
-    _rms_norm[(x.shape[0],)](
+    block, rows = power_of_two(x.shape[1]), x.shape[0]
+    warps = max(1, min(16, block // 512))
+    _rms_norm[(rows + (ahead.programs(warps) if ahead else 0),)](
         out,
         x,
         x if residual is None else residual,
@@ -95,10 +141,15 @@ def _launch(
         x.stride(0),
         x.stride(0) if residual is None else residual.stride(0),
         x.stride(0) if delta is None else delta.stride(0),
+        rows,
+        *ahead_arguments(ahead, x),
         SIZE=x.shape[1],
         BLOCK=block,
         ROWS=LORA_ROWS,
         RESIDUAL=residual is not None,
         DELTA=delta is not None,
-        num_warps=max(1, min(16, block // 512)),
+        LANES=WARP * warps if ahead else 0,
+        PDL=pdl,
+        num_warps=warps,
+        **dependent(pdl),
     )

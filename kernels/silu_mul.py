@@ -5,14 +5,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import cdiv, require, require_rows
+from kernels.fetch import WARP, Ahead, ahead_arguments, fetch
+from kernels.launch import cdiv, dependent, require, require_rows
 from kernels.lora_meta import LORA_ROWS
 
-BLOCK = 2048
+BLOCK, WARPS = 2048, 8
 
 
 @triton.jit
-def _silu_mul(
+def _part(
+    row,
+    part,
     out,
     gate_up,
     delta,
@@ -25,8 +28,7 @@ def _silu_mul(
     BLOCK: tl.constexpr,
     DELTA: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    i = part * BLOCK + tl.arange(0, BLOCK)
     real = i < size
     source = gate_up + row * in_stride + i
     gate = tl.load(source, mask=real, other=0.0).to(tl.float32)
@@ -41,7 +43,51 @@ def _silu_mul(
     tl.store(out + row * out_stride + i, value.to(out.dtype.element_ty), mask=real)
 
 
-def silu_mul(out: Tensor, gate_up: Tensor, *, delta: Tensor | None = None, counts: Tensor | None = None) -> None:
+@triton.jit(do_not_specialize=["rows", "ahead_count"])
+def _silu_mul(
+    out,
+    gate_up,
+    delta,
+    counts,
+    size,
+    out_stride,
+    in_stride,
+    delta_stride,
+    rows,
+    ahead,
+    ahead_count,
+    ahead_width,
+    ahead_stride,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DELTA: tl.constexpr,
+    LANES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program: BLOCK columns of a row; those beyond the rows fetch ahead."""
+    row = tl.program_id(0)
+    part = tl.program_id(1)
+    if row < rows:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        _part(
+            row.to(tl.int64), part, out, gate_up, delta, counts, size, out_stride, in_stride, delta_stride,
+            ROWS, BLOCK, DELTA,
+        )  # fmt: skip
+    elif LANES:
+        program = (row - rows) * tl.num_programs(1) + part
+        fetch(ahead, program, ahead_count, ahead_width, ahead_stride, LANES)
+
+
+def silu_mul(
+    out: Tensor,
+    gate_up: Tensor,
+    *,
+    delta: Tensor | None = None,
+    counts: Tensor | None = None,
+    ahead: Ahead | None = None,
+    pdl: bool = False,
+) -> None:
     """gate_up, delta: [tokens, 2 * size], gate before up; out: [tokens, size]; rows contiguous.
 
     Semantics: g[t] = gate_up[t] (+ delta[t] for t < counts[LORA_ROWS]); out[t, i] = silu(g[t, i]) * g[t, size + i].
@@ -49,7 +95,8 @@ def silu_mul(out: Tensor, gate_up: Tensor, *, delta: Tensor | None = None, count
     require_rows(out, gate_up)
     require(delta is None or counts is not None, "a delta needs the counts of its rows")
     require(gate_up.shape[1] == 2 * out.shape[1], "gate_up is not twice as wide as out")
-    _silu_mul[(out.shape[0], cdiv(out.shape[1], BLOCK))](
+    rows, parts = out.shape[0], cdiv(out.shape[1], BLOCK)
+    _silu_mul[(rows + (cdiv(ahead.programs(WARPS), parts) if ahead else 0), parts)](
         out,
         gate_up,
         gate_up if delta is None else delta,
@@ -58,8 +105,13 @@ def silu_mul(out: Tensor, gate_up: Tensor, *, delta: Tensor | None = None, count
         out.stride(0),
         gate_up.stride(0),
         gate_up.stride(0) if delta is None else delta.stride(0),
+        rows,
+        *ahead_arguments(ahead, gate_up),
         ROWS=LORA_ROWS,
         BLOCK=BLOCK,
         DELTA=delta is not None,
-        num_warps=8,
+        LANES=WARP * WARPS if ahead else 0,
+        PDL=pdl,
+        num_warps=WARPS,
+        **dependent(pdl),
     )

@@ -15,10 +15,9 @@ from engine.worker.memory import DEFAULT_LORA_RANK
 from kernels.attention_meta import AttentionBounds, decode_splits
 from kernels.launch import PREFILL_TILE, q_tile
 from kernels.layout import KvLayout
-from kernels.lora_meta import HEADER, LoraBounds, PackedLayout
+from kernels.lora_meta import DECODE_TILE, HEADER, LoraBounds, PackedLayout
 from kernels.step_meta import step_fields
 
-DECODE_TILE = 16
 DEFAULT_GRAPH_MAX = 256
 GRAPH_STEPS = ((4, 1), (8, 4), (64, 8), (128, 16), (512, 32))  # (up to this many rows, in steps of)
 MIXED_GRAPHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)  # tokens; mixed steps above run without a graph

@@ -10,14 +10,17 @@ import torch
 KERNELS = (
     "attention_decode",
     "attention_prefill",
+    "fetch",
     "kv_store",
     "lora_expand",
     "lora_gather",
     "lora_shrink",
     "norm",
+    "norm_expand",
     "rotary",
     "sample",
     "silu_mul",
+    "silu_mul_expand",
     "step_input",
 )
 
