@@ -180,6 +180,8 @@ class AdapterUpdated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class AdapterRemoved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """It was unloaded, or a version that a load in place had replaced has ended (another bears the name then)."""
+
     name: str
     adapter_id: int
 

@@ -22,6 +22,7 @@ class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
     modules: tuple[str, ...]  # empty while unknown
     bytes: int  # in the arena, when it is there; 0 while unknown
     pinned: bool
+    error: str | None  # why its last load failed; null where it did not
     requests_running: int
     requests_waiting: int
     requests_total: int  # accepted since the engine's start
@@ -54,6 +55,7 @@ def _card(base: str, adapter: AdapterInfo, stats: AdapterStats) -> AdapterCard:
         modules=adapter.modules,
         bytes=adapter.bytes,
         pinned=stats.pinned,
+        error=adapter.error if stats.state is AdapterState.FAILED else None,
         requests_running=stats.running,
         requests_waiting=stats.waiting,
         requests_total=stats.requests,

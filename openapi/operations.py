@@ -15,6 +15,7 @@ from gateway.routes.admin import (
     AdapterResult,
     ErrorFields,
     LoadAdapterRequest,
+    UnloadAdapterRequest,
     VllmLoadAdapterRequest,
     VllmUnloadAdapterRequest,
 )
@@ -143,7 +144,9 @@ OPERATIONS = (
     _admin(
         "/load_lora_adapter", "loadLoraAdapter", "Loads an adapter, which then serves by its name", LoadAdapterRequest
     ),
-    _admin("/unload_lora_adapter", "unloadLoraAdapter", "Unloads an adapter; accepted requests end", AdapterRequest),
+    _admin(
+        "/unload_lora_adapter", "unloadLoraAdapter", "Unloads an adapter; accepted requests end", UnloadAdapterRequest
+    ),
     _admin("/pin_lora_adapter", "pinLoraAdapter", "Keeps an adapter in the arena until it is unpinned", AdapterRequest),
     _admin("/unpin_lora_adapter", "unpinLoraAdapter", "Lets an adapter be evicted again", AdapterRequest),
     _admin(

@@ -1,6 +1,7 @@
 """Loading, unloading and pinning adapters: SGLang's routes, and vLLM's with the same effects and statuses."""
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -13,7 +14,7 @@ from gateway.disconnect import read_body
 from gateway.errors import ApiError, bad_request, from_engine
 from gateway.lora_paths import Weight, name_problem
 from gateway.models import is_served
-from gateway.protocol.parse import not_supported, parse
+from gateway.protocol.parse import parse
 from gateway.routes.openai import gateway_of
 from gateway.state import Gateway
 
@@ -21,28 +22,58 @@ T = TypeVar("T", bound=msgspec.Struct)
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 
 
+LoadSeconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
+DrainSeconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
+UNLOAD_SECONDS = 30.0
+
+
 class LoadAdapterRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lora_name: Name
     lora_path: Name  # folder on the server, or hub id
-    pinned: bool | None = None
-    weight: Weight | None = None  # of its share under --schedule-policy fair; 1 where it is not told
+    pinned: bool | None = None  # in place, where it is not told: as it was
+    weight: Weight | None = None  # of its share under --schedule-policy fair; 1, or in place as it was
+    revision: Name | None = None  # of a hub repository
+    load_inplace: bool | None = None  # a name that is loaded gets these weights
+    timeout: LoadSeconds | None = None  # seconds until an adapter that is not there yet is given up
 
 
 class VllmLoadAdapterRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lora_name: Name
     lora_path: Name  # folder on the server, or hub id
-    load_inplace: bool | None = None  # accepted when not true
+    load_inplace: bool | None = None  # a name that is loaded gets these weights
+    revision: Name | None = None  # of a hub repository
+    timeout: LoadSeconds | None = None  # seconds until an adapter that is not there yet is given up
 
 
 class AdapterRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Names one adapter: to unload, pin or unpin."""
+    """Names one adapter, to pin or unpin."""
 
     lora_name: Name
+
+
+class UnloadAdapterRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    lora_name: Name
+    timeout: DrainSeconds | None = None  # seconds until what still uses it is ended; 30 where it is not told
+    force: bool | None = None  # it is ended at once
 
 
 class VllmUnloadAdapterRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lora_name: Name
     lora_int_id: int | None = None  # ignored
+    timeout: DrainSeconds | None = None  # seconds until what still uses it is ended; 30 where it is not told
+    force: bool | None = None  # it is ended at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """A load, wherever its files come from."""
+
+    name: str
+    pinned: bool | None = None  # None: no, or in place as it was
+    weight: float | None = None  # None: 1, or in place as it was
+    revision: str | None = None
+    inplace: bool = False
+    timeout: float | None = None  # seconds
 
 
 class ErrorFields(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +90,7 @@ class AdapterResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
     success: bool
     error_message: str | None
-    loaded_adapters: dict[str, str]  # name -> source, as the caller gave it
+    loaded_adapters: dict[str, str]  # name -> source, as the caller gave it; "(uploaded)" for an upload
     error: ErrorFields | None = None  # only where it failed
 
 
@@ -76,61 +107,91 @@ def routes() -> list[BaseRoute]:
 
 async def load_lora_adapter(request: Request) -> Response:
     async def act(gateway: Gateway, body: LoadAdapterRequest) -> None:
-        await _load(gateway, body.lora_name, body.lora_path, pinned=bool(body.pinned), weight=body.weight or 1.0)
+        wanted = _wanted(gateway, body)
+        await load(gateway, replace(wanted, pinned=body.pinned, weight=body.weight), body.lora_path)
 
-    return await _answer(request, LoadAdapterRequest, act)
+    return await _do(request, LoadAdapterRequest, act)
 
 
 async def unload_lora_adapter(request: Request) -> Response:
-    async def act(gateway: Gateway, body: AdapterRequest) -> None:
-        await gateway.client.unload_adapter(body.lora_name)
-
-    return await _answer(request, AdapterRequest, act)
+    return await _do(request, UnloadAdapterRequest, _unload)
 
 
 async def pin_lora_adapter(request: Request) -> Response:
     async def act(gateway: Gateway, body: AdapterRequest) -> None:
         await gateway.client.pin_adapter(body.lora_name, True)
+        await gateway.keeper.pinned(body.lora_name, True)
 
-    return await _answer(request, AdapterRequest, act)
+    return await _do(request, AdapterRequest, act)
 
 
 async def unpin_lora_adapter(request: Request) -> Response:
     async def act(gateway: Gateway, body: AdapterRequest) -> None:
         await gateway.client.pin_adapter(body.lora_name, False)
+        await gateway.keeper.pinned(body.lora_name, False)
 
-    return await _answer(request, AdapterRequest, act)
+    return await _do(request, AdapterRequest, act)
 
 
 async def vllm_load_lora_adapter(request: Request) -> Response:
     async def act(gateway: Gateway, body: VllmLoadAdapterRequest) -> None:
-        if body.load_inplace:
-            raise not_supported("load_inplace")
-        await _load(gateway, body.lora_name, body.lora_path, pinned=False)
+        await load(gateway, _wanted(gateway, body), body.lora_path)
 
-    return await _answer(request, VllmLoadAdapterRequest, act, text="Success: the adapter is loaded.")
+    return await _do(request, VllmLoadAdapterRequest, act, text="Success: the adapter is loaded.")
 
 
 async def vllm_unload_lora_adapter(request: Request) -> Response:
-    async def act(gateway: Gateway, body: VllmUnloadAdapterRequest) -> None:
-        await gateway.client.unload_adapter(body.lora_name)
-
-    return await _answer(request, VllmUnloadAdapterRequest, act, text="Success: the adapter is unloaded.")
+    return await _do(request, VllmUnloadAdapterRequest, _unload, text="Success: the adapter is unloaded.")
 
 
-async def _load(gateway: Gateway, name: str, source: str, *, pinned: bool, weight: float = 1.0) -> None:
+def check_name(gateway: Gateway, name: str) -> None:
+    """Raises ApiError (400) for a name that no adapter of this server may bear."""
     if problem := name_problem(name, gateway.client.model.served_name):
         raise bad_request(f"'lora_name': {problem}.", param="lora_name", code="adapter_invalid")
-    await gateway.client.load_adapter(name, source, pinned=pinned, weight=weight)
 
 
-async def _answer(
+async def load(gateway: Gateway, wanted: Wanted, source: str) -> None:
+    """Returns when the adapter serves. Raises EngineError with the reason."""
+    before = gateway.client.adapters.get(wanted.name) if wanted.inplace else None
+    info = await gateway.client.load_adapter(
+        wanted.name,
+        source,
+        pinned=wanted.pinned,
+        revision=wanted.revision,
+        weight=wanted.weight,
+        inplace=wanted.inplace,
+        timeout=wanted.timeout,
+    )
+    await gateway.keeper.loaded(info, source, before)
+
+
+def _wanted(gateway: Gateway, body: LoadAdapterRequest | VllmLoadAdapterRequest) -> Wanted:
+    check_name(gateway, body.lora_name)
+    return Wanted(name=body.lora_name, revision=body.revision, inplace=bool(body.load_inplace), timeout=body.timeout)
+
+
+async def _unload(gateway: Gateway, body: UnloadAdapterRequest | VllmUnloadAdapterRequest) -> None:
+    timeout = UNLOAD_SECONDS if body.timeout is None else body.timeout
+    await gateway.client.unload_adapter(body.lora_name, timeout=timeout, force=bool(body.force))
+    await gateway.keeper.unloaded(body.lora_name)
+
+
+async def _do(
     request: Request, kind: type[T], act: Callable[[Gateway, T], Awaitable[None]], *, text: str | None = None
 ) -> Response:
-    """Parses, acts and answers. A client that goes away does not stop what it began."""
+    """Parses, acts and answers."""
     gateway = gateway_of(request)
-    try:
+
+    async def work() -> None:
         await act(gateway, parse(await read_body(request), kind))
+
+    return await answer(gateway, work(), text=text)
+
+
+async def answer(gateway: Gateway, work: Awaitable[None], *, text: str | None = None) -> Response:
+    """The answer to what `work` does. A client that goes away does not stop what it began."""
+    try:
+        await work
     except ApiError as error:
         return _failed(gateway, error)
     except EngineError as error:
@@ -143,7 +204,8 @@ async def _answer(
 def loaded_adapters(gateway: Gateway) -> dict[str, str]:
     """Every adapter that requests may name, with its source; those whose load failed are left out."""
     adapters = gateway.client.adapters.values()
-    return {a.name: a.source for a in adapters if is_served(a) and a.state is not AdapterState.FAILED}
+    told = gateway.keeper.told_source
+    return {a.name: told(a) for a in adapters if is_served(a) and a.state is not AdapterState.FAILED}
 
 
 def _about_adapter(error: ApiError) -> ApiError:

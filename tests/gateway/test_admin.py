@@ -101,15 +101,51 @@ async def test_bad_bodies_name_the_field(
     assert list(app.engine.adapters) == ["sql"]
 
 
-async def test_fields_of_the_wrong_type_are_refused(client: httpx.AsyncClient) -> None:
+async def test_fields_of_the_wrong_type_are_refused(client: httpx.AsyncClient, app: App) -> None:
     body = {"lora_name": "a", "lora_path": "/x"}
     told = await failed(await client.post("/load_lora_adapter", json=body | {"pinned": "yes"}), 400)
     assert told["error"]["param"] == "pinned"
     for weight in (0, -1, 1e9, "2"):
         told = await failed(await client.post("/load_lora_adapter", json=body | {"weight": weight}), 400)
         assert told["error"]["param"] == "weight"
-    told = await failed(await client.post("/v1/load_lora_adapter", json=body | {"load_inplace": True}), 400)
-    assert told["error"]["code"] == "unsupported_parameter"
+    for field, value in (("timeout", 0), ("timeout", 3601), ("revision", ""), ("load_inplace", "yes")):
+        for path in LOAD_PATHS:
+            told = await failed(await client.post(path, json=body | {field: value}), 400)
+            assert told["error"]["param"] == field
+    for field, value in (("timeout", -1), ("timeout", 3601), ("force", "yes"), ("pinned", True)):
+        for path in UNLOAD_PATHS:
+            told = await failed(await client.post(path, json={"lora_name": "sql", field: value}), 400)
+            assert told["error"]["param"] == field
+    assert app.engine.calls == []
+
+
+@pytest.mark.parametrize("path", LOAD_PATHS)
+async def test_loads_in_place_reach_the_engine(client: httpx.AsyncClient, app: App, path: str) -> None:
+    first = app.engine.adapters["sql"].adapter_id
+    body = {"lora_name": "sql", "lora_path": "org/sql", "load_inplace": True, "revision": "v2", "timeout": 5}
+    assert (await client.post(path, json=body)).status_code == 200
+    assert app.engine.adapters["sql"].adapter_id != first
+    asked = {"name": "sql", "revision": "v2", "inplace": True, "timeout": 5.0}
+    assert app.engine.calls == [("load", asked)]
+    models = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
+    assert models == ["llama", "llama:sql"]
+
+
+@pytest.mark.parametrize("path", UNLOAD_PATHS)
+@pytest.mark.parametrize(
+    ("more", "asked"),
+    [
+        ({}, {"timeout": 30.0, "force": False}),
+        ({"timeout": None, "force": None}, {"timeout": 30.0, "force": False}),
+        ({"timeout": 0}, {"timeout": 0.0, "force": False}),
+        ({"force": True, "timeout": 3600}, {"timeout": 3600.0, "force": True}),
+    ],
+)
+async def test_unloads_say_how_long_they_wait(
+    client: httpx.AsyncClient, app: App, path: str, more: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    assert (await client.post(path, json={"lora_name": "sql"} | more)).status_code == 200
+    assert app.engine.calls == [("unload", {"name": "sql"} | asked)]
 
 
 @pytest.mark.parametrize("path", [*LOAD_PATHS, *UNLOAD_PATHS])
