@@ -24,7 +24,7 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def loramux(*flags: str, threads: int) -> AsyncIterator[Server]:
-    """A server as a user starts it, ready for requests. Its log goes to loramux-bench.log in the temporary folder."""
+    """A server as a user starts it, ready for requests. Its log goes to `server_log()`."""
     port = _free_port()
     command = [sys.executable, "-m", "gateway.cli", "serve", "--port", str(port), "--threads", str(threads), *flags]
     start = time.perf_counter()
@@ -75,8 +75,12 @@ def transformers_peer(folder: str, dtype: str, adapters: dict[str, str], threads
         process.wait()
 
 
+def server_log() -> Path:
+    return Path(tempfile.gettempdir()) / "loramux-bench.log"
+
+
 def _spawn(command: list[str]) -> "subprocess.Popen[bytes]":
-    with (Path(tempfile.gettempdir()) / "loramux-bench.log").open("ab") as log:
+    with server_log().open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log)
 
 

@@ -1,9 +1,10 @@
 """A long run of mixed traffic over adapters that come and go: no error that was not asked for, nothing left behind.
 
-    python -m benchmarks.soak [--minutes 7] [--adapters 100] [--slots 8] [--model-path FOLDER]
+    python -m benchmarks.soak [--minutes 7] [--adapters 100] [--slots 8] [--tokens 32768] [--model-path FOLDER]
 
-Streams, plain answers, seeded draws and clients that leave, over base and adapters, while adapters are loaded and
-unloaded. Every 50th answer is greedy and is compared with the same adapter's answer alone, after the traffic.
+Base and adapters are asked while adapters are loaded and unloaded, over an arena too small for all of them. Every 50th
+answer is greedy and is compared with the same adapter's answer alone, after the traffic and past the prefix cache; one
+in five of them also with another model's, to see that the comparison would notice (see benchmarks.soak_judge).
 """
 
 import argparse
@@ -11,278 +12,241 @@ import asyncio
 import collections
 import contextlib
 import itertools
-import random
+import os
+import shutil
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
-import orjson
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.processes import Server, loramux
+from benchmarks.processes import Server, loramux, server_log
 from benchmarks.report import Report
+from benchmarks.soak_judge import FAR, MEAN, NEAR, Answer, Tally, compare
+from benchmarks.soak_traffic import Checked, Traffic, churn, client_loop, greedy_body, load, unload
 from engine.models.registry import load_config
 from engine.models.source import resolve_model
 from tests.support.adapters import write_adapter
 
 RANKS = (4, 8, 16, 32, 64)
+ALPHA, EFFECT = 16, 0.8  # the delta of a unit input is about EFFECT, so that adapters answer differently
 MODULES = (
     ("q_proj", "v_proj"),
     ("down_proj",),
     ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 )
-CHECK_EVERY = 50
-NEAR = 0.15  # nats between the two best tokens; below it bf16 batches of other shapes may differ
+CONTROL_EVERY = 5  # of the checked answers
 SETTLE_SECONDS = 30.0
-WORDS = ("river", "lamp", "seven", "green", "copper", "walks", "slowly", "under", "the", "old", "bridge", "asks")
+FILES, MEMORY_MB, DEVICE_MB = 8, 512, 64  # what may grow; of the memory two slabs of the host tier
+AT_REST = (  # 0 when nobody asks and nothing is loaded
+    "requests_running", "requests_waiting", "slots_used", "adapters_resident", "chunks,kv", "chunks,adapter",
+    "adapter_bytes,arena", "adapter_bytes,host",
+)  # fmt: skip
+TOTALS = (
+    "evictions_total,arena", "evictions_total,prefix", "preemptions_total", "skips_total", "mixed_adapter_steps_total",
+    "steps_total", "graph_replays_total", "prefix_hit_tokens_total", "failed_total", "request_generated_tokens_sum",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """A greedy answer given under load."""
+class Footprint:
+    """What the server's processes hold."""
 
-    model: str
-    prompt: str
-    tokens: int
-    chosen: list[str]
-    tops: list[dict[str, float]]
+    files: int
+    memory: float  # MB
+    device: float  # MB of the accelerator in use, 0 without one
 
 
 @dataclass(slots=True)
-class Traffic:
-    """What the clients share. A name leaves `served` before it is unloaded, so that no new request may miss it."""
+class Comparison:
+    """Every checked answer against the same model alone, and some against another model."""
 
-    base: str
-    sources: Mapping[str, Path]
-    served: set[str] = field(default_factory=set)
-    leaving: set[str] = field(default_factory=set)
-    checked: list[Checked] = field(default_factory=list)
-    counts: collections.Counter[str] = field(default_factory=collections.Counter)
-    errors: list[str] = field(default_factory=list)
-    numbers: "itertools.count[int]" = field(default_factory=itertools.count)
-
-    def model(self, draw: random.Random) -> str:
-        names = sorted(self.served)
-        return self.base if not names or draw.random() < 0.15 else f"{self.base}:{draw.choice(names)}"
+    own: Tally = field(default_factory=Tally)
+    control: Tally = field(default_factory=Tally)
+    left_out: int = 0  # for want of time
 
 
-async def client_loop(http: httpx.AsyncClient, traffic: Traffic, seed: int, until: float) -> None:
-    """One client: one request after the other."""
-    draw = random.Random(seed)
-    while time.monotonic() < until:
-        number = next(traffic.numbers)
-        body = _body(traffic, draw, number)
-        try:
-            await _send(http, traffic, body, draw, checked=number % CHECK_EVERY == 0)
-        except (httpx.HTTPError, KeyError, ValueError) as error:
-            traffic.errors.append(f"{type(error).__name__}: {error} for {body}")
-
-
-def _body(traffic: Traffic, draw: random.Random, number: int) -> dict[str, Any]:
-    body: dict[str, Any] = {
-        "model": traffic.model(draw),
-        "prompt": " ".join(draw.choices(WORDS, k=draw.randint(3, 150))),
-        "max_tokens": draw.randint(8, 64),
-        "ignore_eos": True,
-    }
-    if number % CHECK_EVERY == 0:
-        return {**body, "temperature": 0, "logprobs": 2}
-    if number % 3 == 0:
-        body |= {"temperature": 0.8, "top_p": 0.9, "seed": number, "frequency_penalty": 0.2}
-    return {**body, "stream": number % 2 == 0}
-
-
-async def _send(
-    http: httpx.AsyncClient, traffic: Traffic, body: dict[str, Any], draw: random.Random, *, checked: bool
-) -> None:
-    name = body["model"].partition(":")[2]
-    if body.get("stream"):
-        await _stream(http, traffic, body, leave=draw.random() < 0.1)
-        return
-    response = await http.post("/v1/completions", json=body)
-    if response.status_code != 200:
-        _refused(traffic, name, response.status_code, response.text)
-        return
-    answer = response.json()
-    _count(traffic, body, answer["usage"]["completion_tokens"])
-    if checked:
-        traffic.checked.append(_checked(body, answer))
-
-
-async def _stream(http: httpx.AsyncClient, traffic: Traffic, body: dict[str, Any], *, leave: bool) -> None:
-    events = 0
-    async with http.stream("POST", "/v1/completions", json=body) as response:
-        if response.status_code != 200:
-            text = (await response.aread()).decode()
-            _refused(traffic, body["model"].partition(":")[2], response.status_code, text)
-            return
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                if (error := orjson.loads(line[6:]).get("error")) is not None:
-                    raise ValueError(f"in a stream: {error}")
-                events += 1
-            if leave and events > 3:
-                traffic.counts["left"] += 1
-                return
-    traffic.counts["streams"] += 1
-
-
-def _count(traffic: Traffic, body: dict[str, Any], tokens: int) -> None:
-    traffic.counts["answers"] += 1
-    if tokens != body["max_tokens"]:
-        traffic.errors.append(f"asked for {body['max_tokens']} tokens, got {tokens}")
-
-
-def _refused(traffic: Traffic, name: str, status: int, text: str) -> None:
-    """A name that leaves while the request is on its way is the one refusal that was asked for."""
-    if status == 404 and name not in traffic.served:
-        traffic.counts["refused, as asked"] += 1
-    else:
-        traffic.errors.append(f"{status}: {text[:200]}")
-
-
-def _checked(body: dict[str, Any], answer: dict[str, Any]) -> Checked:
-    logprobs = answer["choices"][0]["logprobs"]
-    return Checked(body["model"], body["prompt"], body["max_tokens"], logprobs["tokens"], logprobs["top_logprobs"])
-
-
-async def churn(http: httpx.AsyncClient, traffic: Traffic, keep: int, until: float) -> None:
-    """Loads and unloads, one after the other, so that about `keep` adapters are served."""
-    draw = random.Random(1)
-    while time.monotonic() < until:
-        if len(traffic.served) > keep:
-            name = draw.choice(sorted(traffic.served))
-            traffic.served.discard(name)
-            await _admin(http, traffic, "unload", {"lora_name": name})
-        else:
-            name = draw.choice(sorted(set(traffic.sources) - traffic.served))
-            await load(http, traffic, name)
-        await asyncio.sleep(0.05)
-
-
-async def load(http: httpx.AsyncClient, traffic: Traffic, name: str) -> None:
-    body = {"lora_name": name, "lora_path": str(traffic.sources[name])}
-    if await _admin(http, traffic, "load", body):
-        traffic.served.add(name)
-
-
-async def _admin(http: httpx.AsyncClient, traffic: Traffic, what: str, body: dict[str, str]) -> bool:
-    response = await http.post(f"/{what}_lora_adapter", json=body)
-    if response.status_code != 200:
-        traffic.errors.append(f"{what} {body}: {response.status_code} {response.text[:200]}")
-    traffic.counts[f"{what}s"] += response.status_code == 200
-    return response.status_code == 200
-
-
-async def compare_alone(http: httpx.AsyncClient, traffic: Traffic) -> None:
-    """Asks again with nobody beside; tokens agree up to where the two best were closer than NEAR."""
-    for checked in traffic.checked:
-        name = checked.model.partition(":")[2]
-        if name and name not in traffic.served:
-            await load(http, traffic, name)
-        body = {
-            "model": checked.model, "prompt": checked.prompt, "max_tokens": checked.tokens, "temperature": 0,
-            "logprobs": 2, "ignore_eos": True,
-        }  # fmt: skip
-        alone = _checked(body, (await http.post("/v1/completions", json=body)).raise_for_status().json())
-        _compare(traffic, checked, alone)
-
-
-def _compare(traffic: Traffic, loaded: Checked, alone: Checked) -> None:
-    traffic.counts["compared"] += 1
-    for place, (one, other) in enumerate(zip(loaded.chosen, alone.chosen, strict=True)):
-        if one == other:
+async def compare_alone(http: httpx.AsyncClient, traffic: Traffic, seconds: float) -> Comparison:
+    """Asks one after the other, with nobody beside, until the time is over."""
+    end, found = time.monotonic() + seconds, Comparison()
+    for number, checked in enumerate(sorted(traffic.checked, key=lambda checked: checked.model)):
+        if time.monotonic() > end:
+            found.left_out += 1
             continue
-        best = sorted(alone.tops[place].values(), reverse=True)
-        if best[0] - best[1] > NEAR:
-            traffic.errors.append(f"{loaded.model} answers otherwise alone at token {place}: {one!r}, {other!r}")
-        else:
-            traffic.counts["parted at a near tie"] += 1
-        return
-
-
-async def figures(http: httpx.AsyncClient) -> dict[str, float]:
-    """The metrics that must be at rest when nobody asks."""
-    text = (await http.get("/metrics")).text
-    found: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            labels = [value for label, value in sample.labels.items() if label in ("use", "tier")]
-            found[",".join([sample.name, *labels])] = sample.value
+        await _provide(http, traffic, checked.model)
+        verdict = compare(checked.answer, await _alone(http, checked.model, checked))
+        found.own.add(verdict)
+        if verdict.wrong:
+            traffic.errors.append(f"{checked.model} answers otherwise alone: {verdict} for {checked.prompt!r}")
+        if number % CONTROL_EVERY == 0:
+            other = traffic.base if checked.model != traffic.base else f"{traffic.base}:{min(traffic.sources)}"
+            await _provide(http, traffic, other)
+            found.control.add(compare(checked.answer, await _alone(http, other, checked)))
     return found
 
 
-async def at_rest(http: httpx.AsyncClient, traffic: Traffic) -> None:
+async def _provide(http: httpx.AsyncClient, traffic: Traffic, model: str) -> None:
+    """Another one goes for it, so that no more are on the host than under load."""
+    name = model.partition(":")[2]
+    if name and name not in traffic.served:
+        await unload(http, traffic, max(traffic.served))
+        await load(http, traffic, name)
+
+
+async def _alone(http: httpx.AsyncClient, model: str, checked: Checked) -> Answer:
+    """A salt keeps it from reading what the loaded run left in the prefix cache."""
+    body = greedy_body(model, checked.prompt, len(checked.answer.tokens)) | {"cache_salt": "alone"}
+    return Answer.of((await http.post("/v1/completions", json=body)).raise_for_status().json())
+
+
+async def figures(http: httpx.AsyncClient) -> dict[str, float]:
+    """Gauges and totals by name and, where it has one, use or tier; without the prefix."""
+    found: dict[str, float] = collections.defaultdict(float)
+    for family in text_string_to_metric_families((await http.get("/metrics")).text):
+        for sample in family.samples:
+            labels = [value for label, value in sample.labels.items() if label in ("use", "tier")]
+            found[",".join([sample.name.removeprefix("loramux_"), *labels])] += sample.value
+    return dict(found)
+
+
+def chunks(metrics: dict[str, float]) -> float:
+    return sum(value for name, value in metrics.items() if name.startswith("chunks,"))
+
+
+async def at_rest(http: httpx.AsyncClient, traffic: Traffic, all_chunks: float) -> dict[str, float]:
     """Unloads everything and waits until the arena holds nothing but cached prefixes."""
     for name in sorted(traffic.served):
-        await _admin(http, traffic, "unload", {"lora_name": name})
-    traffic.served.clear()
-    end, left = time.monotonic() + SETTLE_SECONDS, ["?"]
+        await unload(http, traffic, name)
+    end, left, now = time.monotonic() + SETTLE_SECONDS, ["?"], dict[str, float]()
     while left and time.monotonic() < end:
         await asyncio.sleep(0.5)
         now = await figures(http)
-        busy = ("loramux_requests_running", "loramux_requests_waiting", "loramux_slots_used", "loramux_chunks,kv",
-                "loramux_chunks,adapter", "loramux_adapters_resident")  # fmt: skip
-        left = [f"{name} {now[name]}" for name in busy if now.get(name)]
+        left = [f"{name} {now[name]}" for name in AT_REST if now.get(name)]
+        left += [f"{chunks(now)} of {all_chunks} chunks"] if chunks(now) != all_chunks else []
     if left:
         traffic.errors.append(f"left behind: {left}")
+    return now
 
 
 def write_adapters(folder: Path, model: Path, count: int) -> dict[str, Path]:
     dims = load_config(model).dims
     return {
         f"soak{i}": write_adapter(
-            folder / f"soak{i}", dims, rank=RANKS[i % len(RANKS)], modules=MODULES[i % len(MODULES)], seed=i, std=0.02
+            folder / f"soak{i}",
+            dims,
+            rank=rank,
+            alpha=ALPHA,
+            modules=MODULES[i % len(MODULES)],
+            seed=i,
+            std=EFFECT * rank**0.5 / ALPHA,
         )
-        for i in range(count)
+        for i, rank in zip(range(count), itertools.cycle(RANKS))
     }
 
 
 async def soak(server: Server, traffic: Traffic, arguments: argparse.Namespace, report: Report) -> None:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+    seconds = arguments.minutes * 60
     async with httpx.AsyncClient(base_url=server.base_url, timeout=120, limits=limits) as http:
+        all_chunks = chunks(await figures(http))
         for name in itertools.islice(traffic.sources, arguments.adapters // 2):
             await load(http, traffic, name)
-        seconds = arguments.minutes * 60
-        until = time.monotonic() + seconds
-        clients = [client_loop(http, traffic, seed, until) for seed in range(arguments.clients)]
-        warm = asyncio.create_task(_warm(seconds))
-        await asyncio.gather(churn(http, traffic, arguments.adapters // 2, until), *clients)
-        before = await warm
-        await compare_alone(http, traffic)
-        await at_rest(http, traffic)
-        after, metrics = _process(), await figures(http)
-    for name, count in sorted(traffic.counts.items()):
-        report.add(f"soak: {name}", "times", [count])
-    for name in ("loramux_evictions_total,arena", "loramux_preemptions_total", "loramux_generated_tokens_total"):
-        if name in metrics:
-            report.add(f"soak: {name}", "times", [metrics[name]])
-    report.add("soak: open files of gateway and engine, after less before", "files", [after[0] - before[0]])
-    report.add("soak: memory of gateway and engine, after less before", "MB", [(after[1] - before[1]) / 1e6])
-    report.add("soak: errors", "times", [len(traffic.errors)], "= 0")
+        idle = footprint()
+        warm = await _traffic(http, traffic, arguments, seconds)
+        print(f"traffic over: {dict(traffic.counts)}, {len(traffic.errors)} errors", flush=True)
+        found = await compare_alone(http, traffic, arguments.compare_seconds)
+        metrics = await at_rest(http, traffic, all_chunks)
+    await asyncio.sleep(1)  # the connections end
+    _report_traffic(report, traffic, metrics, seconds)
+    _report_comparison(report, found)
+    traffic.errors += _report_growth(report, idle, warm, footprint())
 
 
-async def _warm(seconds: float) -> tuple[int, int]:
-    """The processes when a fifth of the time is over: what is allocated once is there by then."""
-    await asyncio.sleep(seconds / 5)
-    return _process()
+async def _traffic(
+    http: httpx.AsyncClient, traffic: Traffic, arguments: argparse.Namespace, seconds: float
+) -> Footprint:
+    """The footprint when a fifth of the time is over: what is allocated once is there by then."""
+    until = time.monotonic() + seconds
+    clients = [client_loop(http, traffic, seed, until) for seed in range(arguments.clients)]
+    warm = asyncio.create_task(_footprint_after(seconds / 5))
+    await asyncio.gather(churn(http, traffic, arguments.adapters // 2, until), *clients)
+    return await warm
 
 
-def _process() -> tuple[int, int]:
-    """(open files, resident bytes) of the server's processes."""
-    processes = [child for child in psutil.Process().children(recursive=True) if child.is_running()]
+async def _footprint_after(seconds: float) -> Footprint:
+    await asyncio.sleep(seconds)
+    return footprint()
+
+
+def footprint() -> Footprint:
+    """Of all processes that this one started, and of the accelerator."""
     files, memory = 0, 0
-    for process in processes:
+    for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             files += process.num_fds()
             memory += process.memory_info().rss
-    return files, memory
+    return Footprint(files, memory / 1e6, _device_memory())
+
+
+def _device_memory() -> float:
+    """MB in use on the first accelerator that this process may see; 0 without one."""
+    if shutil.which("nvidia-smi") is None:
+        return 0.0
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", f"--id={first}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return float(result.stdout) * 2**20 / 1e6 if result.returncode == 0 else 0.0
+
+
+def _report_traffic(report: Report, traffic: Traffic, metrics: dict[str, float], seconds: float) -> None:
+    report.add("soak: traffic", "s", [seconds])
+    for name, count in sorted(traffic.counts.items()):
+        report.add(f"soak: {name}", "times", [count])
+    for name in TOTALS:
+        report.add(f"soak: {name}", "times", [metrics.get(name, 0.0)])
+    if metrics.get("engine_losses_total"):
+        traffic.errors.append(f"the engine was lost {metrics['engine_losses_total']:.0f} times")
+
+
+def _report_comparison(report: Report, found: Comparison) -> None:
+    own, control = found.own, found.control
+    report.add("soak: answers compared with the adapter alone", "answers", [len(own.verdicts)])
+    report.add("soak: answers left out for want of time", "answers", [found.left_out], "= 0")
+    report.add("soak: answers that differ", "answers", [own.wrong], "= 0", f"margin {NEAR}, {FAR}, mean {MEAN}")
+    report.add("soak: places compared", "tokens", [len(own.drifts)])
+    report.add("soak: share of them that is a near tie", "", [own.near_share], note=f"margin <= {NEAR} nats")
+    report.add("soak: answers that part at a near tie", "answers", [len(own.margins)])
+    report.add("soak: largest margin where one parts", "nats", [max(own.margins, default=0.0)], f"<= {NEAR}")
+    if own.drifts:
+        report.add("soak: difference of log-probabilities, mean", "nats", [statistics.fmean(own.drifts)])
+        report.add("soak: difference of log-probabilities, largest", "nats", [max(own.drifts)], f"<= {FAR}")
+    if control.verdicts:
+        share = control.wrong / len(control.verdicts)
+        report.add("soak: another model's answers told apart", "", [share], ">= 0.6", f"of {len(control.verdicts)}")
+
+
+def _report_growth(report: Report, idle: Footprint, warm: Footprint, after: Footprint) -> list[str]:
+    """The bounds that were passed."""
+    grown = (
+        ("open files, after less before the traffic", "files", after.files - idle.files, FILES),
+        ("memory, after less at a fifth of the time", "MB", after.memory - warm.memory, MEMORY_MB),
+        ("device memory, after less at a fifth of the time", "MB", after.device - warm.device, DEVICE_MB),
+    )
+    for name, unit, value, most in grown:
+        report.add(f"soak: {name}", unit, [value], f"<= {most}")
+    return [f"{name}: {value:.0f} {unit}" for name, unit, value, most in grown if value > most]
+
+
+def logged_errors(log: Path, start: int) -> list[str]:
+    """What the server wrote at level error, or as a traceback, from this byte of its log on."""
+    lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
+    return [line for line in lines if any(mark in line for mark in (" ERROR ", " CRITICAL ", "Traceback"))]
 
 
 async def main() -> int:
@@ -290,22 +254,32 @@ async def main() -> int:
     parser.add_argument("--minutes", type=float, default=7.0)
     parser.add_argument("--adapters", type=int, default=100)
     parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=32768, help="cap of the arena, adapters included")
     parser.add_argument("--clients", type=int, default=48)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compare-seconds", type=float, default=3600.0, help="what is not compared by then is counted")
     parser.add_argument("--model-path", help="default: the demo")
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--commit", default="")
     arguments = parser.parse_args()
     report = Report("soak", arguments.commit)
     model = resolve_model(arguments.model_path, None)
+    log = server_log()
+    start = log.stat().st_size if log.exists() else 0
     with tempfile.TemporaryDirectory() as folder:
         traffic = Traffic("llama", write_adapters(Path(folder), model, arguments.adapters))
         flags = ["--model-path", str(model), "--served-model-name", "llama", "--enable-lora"]
         flags += ["--max-loras-per-batch", str(arguments.slots), "--max-lora-rank", str(max(RANKS))]
-        async with loramux(*flags, threads=arguments.threads) as server:
-            await soak(server, traffic, arguments, report)
-    for error in traffic.errors[:20]:
-        print(error, file=sys.stderr)
+        async with loramux(*flags, "--max-total-tokens", str(arguments.tokens), threads=arguments.threads) as server:
+            report.add("soak: start of the server", "s", [server.seconds_to_ready])
+            try:
+                await soak(server, traffic, arguments, report)
+            except httpx.HTTPError as error:
+                traffic.errors.append(f"{type(error).__name__}: {error}")
+    traffic.errors += logged_errors(log, start)
+    report.add("soak: errors", "times", [len(traffic.errors)], "= 0")
+    for text in traffic.errors[:20]:
+        print(text, file=sys.stderr)
     report.save(arguments.folder)
     return 1 if traffic.errors else 0
 
