@@ -15,7 +15,8 @@ from gateway.auth import admin_check, api_check, guarded
 from gateway.errors import ApiError, error_response, quote, to_api_error
 from gateway.metrics import Metrics
 from gateway.middleware import LimitBody, Observe
-from gateway.routes import adapters, admin, health, native, openai, page, status
+from gateway.multipart import FORM_DATA
+from gateway.routes import adapters, admin, health, native, openai, page, status, uploads
 from gateway.settings import Settings
 from gateway.state import Gateway
 
@@ -29,7 +30,7 @@ def create_app(gateway: Gateway, settings: Settings, metrics: Metrics) -> Starle
         middleware=[
             Middleware(Observe, metrics, templates),
             Middleware(Errors),
-            Middleware(LimitBody, settings.max_body_bytes),
+            Middleware(LimitBody, settings.max_body_bytes, {uploads.PATH: settings.max_lora_upload_bytes}),
         ],
         exception_handlers={
             ApiError: _answer_error,
@@ -55,6 +56,7 @@ def all_routes(settings: Settings) -> list[BaseRoute]:
     routes = [
         *guarded(serving, api_check(settings)),
         *guarded(admin.routes(), admin_check(settings)),
+        *guarded(uploads.routes(), admin_check(settings, FORM_DATA)),
         *health.open_routes(),
         *page.routes(),
     ]

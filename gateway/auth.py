@@ -51,8 +51,8 @@ def api_check(settings: Settings) -> Check:
     return lambda scope: _require_key(scope, keys)
 
 
-def admin_check(settings: Settings) -> Check:
-    """For routes that change the server."""
+def admin_check(settings: Settings, content_type: str = "application/json") -> Check:
+    """For routes that change the server. `content_type` is what they take."""
     if settings.admin_api_key is not None:
         admin_key = settings.admin_api_key
 
@@ -65,7 +65,7 @@ def admin_check(settings: Settings) -> Check:
 
     def check(scope: Scope) -> None:
         serving(scope)
-        _require_local(scope)
+        _require_local(scope, content_type)
 
     return check
 
@@ -93,16 +93,18 @@ def _as_sent(header: str) -> str:
     return header.encode("latin-1").decode("utf-8", "surrogateescape")
 
 
-def _require_local(scope: Scope) -> None:
+def _require_local(scope: Scope, content_type: str) -> None:
+    """A page can have a browser post forms without asking first; they come with Origin or Sec-Fetch-Site, or both."""
     headers = Headers(scope=scope)
     if not is_loopback(scope.get("client")):
         message = "Without --admin-api-key this route answers only clients on the server's own machine."
         raise ApiError(403, message, code="admin_key_required")
-    if "origin" in headers:
-        message = "Without --admin-api-key this route refuses what a web page sends (the header 'Origin')."
+    if "origin" in headers or "sec-fetch-site" in headers:
+        told = "the headers 'Origin', 'Sec-Fetch-Site'"
+        message = f"Without --admin-api-key this route refuses what a web page sends ({told})."
         raise ApiError(403, message, code="origin_refused")
-    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "This route takes 'Content-Type: application/json' alone.", code="unsupported_media_type")
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != content_type:
+        raise ApiError(415, f"This route takes 'Content-Type: {content_type}' alone.", code="unsupported_media_type")
 
 
 def _refuse_other_sites(scope: Scope) -> None:

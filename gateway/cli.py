@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
 import gateway
 from engine.config import EngineConfig, LoraPath
 from engine.types import EngineError
@@ -18,6 +20,7 @@ from gateway.settings import Settings, SettingsError
 
 DEMO_NAME = "llama"
 DTYPES = {"half": "float16", "float": "float32"}
+LARGEST_RANK = 256  # accepted where nothing says less
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -62,6 +65,13 @@ def settings_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Setti
         sampling_defaults=args.sampling_defaults,
         stream_interval=args.stream_interval,
         max_body_bytes=args.max_body_bytes,
+        lora_dir=args.lora_dir,
+        lora_hub_allow=tuple(args.lora_hub_allow or ()),
+        lora_preload=tuple(args.lora_preload or ()),
+        lora_warm=tuple(args.lora_warm or ()),
+        lora_state=args.lora_state,
+        lora_spool_dir=args.lora_spool_dir,
+        max_lora_upload_bytes=args.max_lora_upload_bytes,
         shutdown_timeout=args.shutdown_timeout,
         log_level=args.log_level,
     )
@@ -69,8 +79,10 @@ def settings_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Setti
 
 def _engine_config(args: argparse.Namespace) -> EngineConfig:
     served_name = _served_name(args)
-    lora_paths = _lora_paths(args, served_name)
+    lora_paths = _preloaded(_lora_paths(args, served_name), args)
     _check_limits(args, lora_paths)
+    on_demand = args.lora_dir is not None or bool(args.lora_hub_allow)
+    modules = _target_modules(args.lora_target_modules)
     return EngineConfig(
         model_path=args.model_path,
         revision=args.revision,
@@ -80,12 +92,15 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         device=args.device,
         context_length=args.context_length,
         tp_size=args.tp_size,
-        enable_lora=args.enable_lora or bool(lora_paths),
+        enable_lora=args.enable_lora or on_demand or bool(lora_paths),
         lora_paths=lora_paths,
+        lora_dir=args.lora_dir and str(Path(args.lora_dir).expanduser().resolve()),
+        lora_hub_timeout=args.lora_hub_timeout,
         max_loras_per_batch=args.max_loras_per_batch,
         max_loaded_loras=args.max_loaded_loras,
-        max_lora_rank=args.max_lora_rank,
-        lora_target_modules=_target_modules(args.lora_target_modules),
+        # what comes on demand is not bounded by what --lora-paths happens to hold
+        max_lora_rank=LARGEST_RANK if on_demand and args.max_lora_rank is None else args.max_lora_rank,
+        lora_target_modules=LORA_MODULES if on_demand and modules is None else modules,
         lora_backend=args.lora_backend,
         max_host_lora_bytes=args.max_host_lora_bytes,
         mem_fraction_static=args.mem_fraction_static,
@@ -130,6 +145,12 @@ def _lora_paths(args: argparse.Namespace, base: str) -> tuple[LoraPath, ...]:
         return parse_lora_paths(args.lora_paths, base)
     repository = Path(gateway.__file__).parents[1]
     return demo_adapters(repository / "adapters") if args.model_path is None else ()
+
+
+def _preloaded(lora_paths: Sequence[LoraPath], args: argparse.Namespace) -> tuple[LoraPath, ...]:
+    """Those that --lora-preload or --lora-warm names have the host's room before the others."""
+    names = {*(args.lora_preload or ()), *(args.lora_warm or ())}
+    return tuple(msgspec.structs.replace(path, preload=path.name in names) for path in lora_paths)
 
 
 def _check_limits(args: argparse.Namespace, lora_paths: Sequence[LoraPath]) -> None:

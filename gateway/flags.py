@@ -3,7 +3,7 @@
 import argparse
 from typing import NoReturn
 
-from gateway.settings import MAX_BODY_BYTES
+from gateway.settings import MAX_BODY_BYTES, MAX_LORA_UPLOAD_BYTES
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 BYTE_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    for add in (_add_model, _add_lora, _add_memory, _add_scheduling, _add_execution, _add_server):
+    for add in (_add_model, _add_lora, _add_lora_sources, _add_memory, _add_scheduling, _add_execution, _add_server):
         add(serve)
     check = commands.add_parser(
         "check-adapter",
@@ -121,6 +121,49 @@ def _add_lora(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--disable-lora-prefetch", action="store_true", help="copy an adapter to the arena only once a slot is free")
     add("--disable-lora-stack", action="store_true", help="CPU: multiply adapter by adapter, not all ranks at once")
+
+
+def _add_lora_sources(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where adapters come from")
+    add = group.add_argument
+    add(
+        "--lora-dir",
+        metavar="DIR",
+        help="serve any adapter that lies in this folder by its folder's name, on first use",
+    )
+    add(
+        "--lora-hub-allow", action="append", metavar="PATTERN",
+        help="serve any adapter of these Hugging Face repositories by its id, on first use: owner/name, both may hold "
+        "* ? [...]; may be given several times",
+    )  # fmt: skip
+    add(
+        "--lora-hub-timeout",
+        type=seconds,
+        default=120.0,
+        help="seconds that fetching one adapter from the hub may take",
+    )
+    add(
+        "--lora-preload", nargs="+", action="extend", metavar="NAME",
+        help="adapters to read to host memory before the server is ready: of --lora-paths, --lora-dir or allowed "
+        "repositories",
+    )  # fmt: skip
+    add(
+        "--lora-warm", nargs="+", action="extend", metavar="NAME",
+        help="the same, and copied to the arena too, where they stay until something else needs the room",
+    )  # fmt: skip
+    add(
+        "--lora-state", metavar="FILE",
+        help="keep what is loaded over the API in this file, and serve it again after a restart",
+    )  # fmt: skip
+    add(
+        "--lora-spool-dir", metavar="DIR",
+        help="where uploaded adapters are kept (default: spool in $LORAMUX_CACHE or ~/.cache/loramux); without "
+        "--lora-state they go when the server ends",
+    )  # fmt: skip
+    add(
+        "--max-lora-upload-bytes", type=byte_size, default=MAX_LORA_UPLOAD_BYTES,
+        help="larger uploads of an adapter get a 413",
+    )  # fmt: skip
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ REQUEST_ID = "x-request-id"
 SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 UNMATCHED = "unmatched"
 DRAIN_BYTES = 64 * 2**20  # of a body that is too large, read and dropped so that the client gets to read the answer
-QUIET = frozenset({"/health", "/metrics"})  # probes come every few seconds
+QUIET = frozenset({"/health", "/metrics", "/status", "/v1/lora_adapters"})  # probes and the page ask all the time
 
 access = logging.getLogger("gateway.access")
 log = logging.getLogger(__name__)
@@ -88,34 +88,38 @@ def choose_id(given: str | None) -> str:
 class LimitBody:
     """Refuses bodies over a size, announced or not, with 413. The error is raised to whoever reads the body."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int, others: Mapping[str, int]) -> None:
+        """`others`: paths with a limit of their own."""
         self._app = app
         self._limit = limit
+        self._others = others
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        limit = self._others.get(scope["path"], self._limit)
         announced = Headers(scope=scope).get("content-length", "0")
-        if announced.isdecimal() and int(announced) > self._limit:
+        if announced.isdecimal() and int(announced) > limit:
             await _drain(receive)
-            raise self._too_large()
+            raise _too_large(limit)
         read = 0
 
         async def limited() -> Message:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self._limit:
+            if read > limit:
                 if message.get("more_body", False):
                     await _drain(receive)
-                raise self._too_large()
+                raise _too_large(limit)
             return message
 
         await self._app(scope, limited, send)
 
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"The body is larger than {self._limit} bytes.", code="body_too_large")
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
 
 
 async def _drain(receive: Receive) -> None:

@@ -10,6 +10,7 @@ import msgspec
 
 from engine.types import AdapterInfo, AdapterState
 from gateway.errors import bad_request, model_not_found
+from gateway.lazy import Lazy
 from gateway.state import Engine
 
 
@@ -45,15 +46,27 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
 class ModelRegistry:
     """Reads the engine's adapters afresh for each name, so that loads and unloads show at once."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, lazy: Lazy | None = None) -> None:
+        """`lazy` knows where adapters are that were not loaded yet."""
         self._engine = engine
+        self._lazy = lazy
 
     async def resolve(self, model: str | None) -> ResolvedModel:
         """The base or the adapter that `model` names: a served id, base:adapter, or a bare adapter name.
 
         Raises:
-            ApiError: 400 where no name is given, 404 `model_not_found` where nothing bears it.
+            ApiError: 400 where no name is given, 404 `model_not_found` where nothing bears it, 503 where the hub
+                that is to have it does not deliver.
         """
+        name = self._adapter_name(model) if model and model != self.base else None
+        if self._lazy is None or name is None:
+            return self.find(model)
+        known = self._engine.adapters.get(name)
+        if known is None:
+            adapter = await self._lazy.find(self._engine, name)
+            return self.find(model) if adapter is None else self._resolved(adapter)
+        if await self._lazy.has_left(self._engine, known):
+            raise model_not_found(model or "")
         return self.find(model)
 
     def find(self, model: str | None) -> ResolvedModel:
@@ -105,11 +118,16 @@ class ModelRegistry:
             max_model_len=info.max_model_len,
         )
 
-    def _adapter(self, model: str) -> AdapterInfo | None:
+    def _adapter_name(self, model: str) -> str | None:
+        """The bare name in base:adapter or alone; None where another base is named."""
         base, colon, name = model.partition(":")
         if colon and base != self.base:
             return None
-        adapter = self._engine.adapters.get(name if colon else model)
+        return name if colon else model
+
+    def _adapter(self, model: str) -> AdapterInfo | None:
+        name = self._adapter_name(model)
+        adapter = None if name is None else self._engine.adapters.get(name)
         return adapter if adapter is not None and is_served(adapter) else None
 
     def _resolved(self, adapter: AdapterInfo) -> ResolvedModel:

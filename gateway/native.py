@@ -192,7 +192,9 @@ async def _resolve(gateway: Gateway, name: str | None) -> ResolvedModel:
         return await registry.resolve(registry.base)
     try:
         model = await registry.resolve(name)
-    except ApiError:
+    except ApiError as error:
+        if error.status >= 500:  # it is known, and cannot be had now
+            raise
         model = None
     if model is None or model.adapter is None:
         reason = f"no adapter is named {quote(name)}; GET /v1/models lists what is served"

@@ -6,7 +6,9 @@ import logging
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
@@ -15,6 +17,8 @@ import uvloop
 from gateway.app import create_app
 from gateway.banner import summary
 from gateway.engine_process import COMMAND
+from gateway.keeper import Keeper
+from gateway.lazy import Lazy
 from gateway.logs import configure_logging
 from gateway.malformed import HttpProtocol
 from gateway.metrics import Metrics
@@ -53,10 +57,15 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 async def serve(settings: Settings, listener: socket.socket, command: Sequence[str] = COMMAND) -> int:
-    """Starts the engine by `command`, serves on `listener`, and stops both when a signal comes."""
+    """Starts the engine by `command`, serves on `listener`, and stops both when a signal comes.
+
+    Raises:
+        SettingsError: --lora-state, --lora-dir or --lora-hub-allow name what cannot be had.
+        EngineError: the engine could not start.
+    """
     metrics = Metrics()
-    supervisor = Supervisor(settings, metrics, command=command)
-    with stop_signals() as signals:
+    with Keeper.open(settings) as keeper, stop_signals() as signals:
+        supervisor = Supervisor(settings, metrics, keeper, lazy=_lazy(settings), command=command)
         try:
             gateway = await unless_set(signals.first, supervisor.start())
             if gateway is None:
@@ -72,6 +81,12 @@ async def serve(settings: Settings, listener: socket.socket, command: Sequence[s
             return server.exit_code
         finally:
             await supervisor.stop()
+
+
+def _lazy(settings: Settings) -> Lazy | None:
+    folder = None if settings.lora_dir is None else Path(settings.lora_dir).expanduser()
+    is_wanted = folder is not None or settings.lora_hub_allow
+    return Lazy(folder, settings.lora_hub_allow, time.monotonic) if is_wanted else None
 
 
 async def _stop(signals: "StopSignals", server: "Server", supervisor: Supervisor, seconds: float) -> None:

@@ -9,9 +9,10 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 from gateway.settings import SettingsError
 
@@ -36,34 +37,30 @@ def default_root() -> Path:
 class Spool:
     """One server's uploads: `root/token`, or `root/run-token` where they need not outlive the server."""
 
-    def __init__(self, folder: Path, lock: BinaryIO) -> None:
-        self.folder = folder
-        self._lock = lock
+    def __init__(self, root: Path, token: str | None = None) -> None:
+        """Makes nothing yet. Without a token it is temporary: made for the first upload, and gone with `close`."""
+        self.folder = root.absolute() / (token or f"{TEMPORARY}{new_token()}")
+        self._lock: BinaryIO | None = None
+        self._guard = threading.Lock()
 
-    @classmethod
-    def open(cls, root: Path, token: str | None, keep: Collection[str] = ()) -> Self:
-        """Takes the spool called `token` and removes what is not in `keep`; None: a new one that ends with `close`.
+    def open(self, keep: Collection[str] = ()) -> None:
+        """Takes the spool and removes what is not in `keep`.
 
         Raises:
             SettingsError: it cannot be made, or another server holds it.
         """
         try:
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with _locked(root / LOCK):
-                _sweep_abandoned(root)
-                folder = root.resolve() / (token or f"{TEMPORARY}{new_token()}")
-                folder.mkdir(mode=0o700, exist_ok=True)
-                lock = _try_lock(folder / LOCK)
+            if not self._take():
+                raise SettingsError("--lora-state: another server that runs has this file")
+            self._sweep(keep)
         except OSError as error:
-            raise SettingsError(f"--lora-spool-dir {root}: {error.strerror or error}") from error
-        if lock is None:
-            raise SettingsError("--lora-state: another server that runs has this file")
-        spool = cls(folder, lock)
-        spool._sweep(keep)
-        return spool
+            raise SettingsError(f"--lora-spool-dir {self.folder.parent}: {error.strerror or error}") from error
 
     def stage(self) -> Path:
-        """A fresh folder to write an upload to."""
+        """A fresh folder to write an upload to. Raises OSError."""
+        with self._guard:
+            if self._lock is None:
+                self._take()
         folder = self.folder / f"{new_token()}{STAGING}"
         folder.mkdir(mode=0o700)
         return folder
@@ -96,9 +93,20 @@ class Spool:
 
     def close(self) -> None:
         """Gives the spool up; one that is temporary goes with all its uploads."""
-        if self.folder.name.startswith(TEMPORARY):
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
+        if self._lock is not None:
+            if self.folder.name.startswith(TEMPORARY):
+                shutil.rmtree(self.folder, ignore_errors=True)
+            self._lock.close()
+
+    def _take(self) -> bool:
+        """Whether it is this server's now; another one may have it."""
+        root = self.folder.parent
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _locked(root / LOCK):
+            _sweep_abandoned(root)
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+            self._lock = _try_lock(self.folder / LOCK)
+        return self._lock is not None
 
     def _sweep(self, keep: Collection[str]) -> None:
         for folder in self.folder.iterdir():

@@ -12,6 +12,7 @@ from engine.messages import SequenceOutput, Stats
 from engine.types import AdapterInfo, ModelInfo, SamplingParams
 
 if TYPE_CHECKING:
+    from gateway.keeper import Keeper
     from gateway.models import ModelRegistry
     from gateway.prompt import PromptEncoder
 
@@ -59,6 +60,7 @@ class Engine(Protocol):
         inplace: bool = False,
         timeout: float | None = None,
     ) -> AdapterInfo: ...
+    async def offer_adapter(self, name: str, source: str) -> AdapterInfo: ...
     async def unload_adapter(self, name: str, *, timeout: float = 30.0, force: bool = False) -> None: ...
     async def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo: ...
     async def stats(self) -> Stats: ...
@@ -94,3 +96,4 @@ class Gateway:
     prompts: "PromptEncoder"
     settings: Settings
     metrics: Metrics
+    keeper: "Keeper"

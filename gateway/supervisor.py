@@ -15,12 +15,15 @@ from engine.config import EngineConfig, LoraPath
 from engine.types import AdapterState, EngineError, ErrorCode
 from gateway.chat_template import TemplateMissing
 from gateway.engine_process import COMMAND, EngineProcess
+from gateway.keeper import Keeper
+from gateway.lazy import Lazy
 from gateway.metrics import Metrics
 from gateway.models import ModelRegistry
 from gateway.prompt import PromptEncoder
 from gateway.settings import Settings
 from gateway.state import Gateway
 from gateway.tokenizer import TokenizerError
+from gateway.warmup import try_to_warm_up, warm_up
 
 SILENCE_SECONDS = 10.0  # without a heartbeat for so long, an engine is taken for hung
 CHECK_SECONDS = 1.0
@@ -39,7 +42,9 @@ class Supervisor:
         self,
         settings: Settings,
         metrics: Metrics,
+        keeper: Keeper,
         *,
+        lazy: Lazy | None = None,
         command: Sequence[str] = COMMAND,
         silence: float = SILENCE_SECONDS,
         check: float = CHECK_SECONDS,
@@ -51,7 +56,9 @@ class Supervisor:
         self._silence = silence
         self._check = check
         self._backoff = backoff
-        self._config = settings.engine  # what the next start is given
+        self._keeper = keeper
+        self._lazy = lazy
+        self._config = keeper.start_config(settings.engine, (*settings.lora_preload, *settings.lora_warm))
         self._process: EngineProcess | None = None
         self._prompts: PromptEncoder | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -62,7 +69,9 @@ class Supervisor:
         Raises:
             EngineError: the engine could not start, or its tokenizer or chat template cannot be read.
         """
-        return self._adopt(await EngineProcess.start(self._config, self._command))
+        gateway = self._adopt(await EngineProcess.start(self._config, self._command))
+        await warm_up(gateway, self._settings)
+        return gateway
 
     def watch(self, publish: Callable[[Gateway], None]) -> "asyncio.Task[None]":
         """Watches the engine and replaces it as often as needed; `publish` gets each new gateway.
@@ -89,6 +98,7 @@ class Supervisor:
             self._config = restored_config(self._config, process.client)
             code = await process.kill()
             self._metrics.engine_lost()
+            self._keeper.engine_lost()
             log.error(
                 "the engine is lost: %s (exit status %d, %d requests open); starting it again", reason, code, left
             )
@@ -112,46 +122,31 @@ class Supervisor:
             await asyncio.sleep(delay)
             try:
                 async with asyncio.timeout(RESTART_SECONDS):
-                    gateway = self._adopt(await self._start_again())
+                    gateway = self._adopt(await EngineProcess.start(self._config, self._command))
             except (EngineError, TimeoutError) as error:
                 delay = min(LONGEST_BACKOFF, max(self._backoff, delay * 2))
                 log.error("the engine could not be started again (next try in %.0f s): %s", delay, error)
             else:
+                await try_to_warm_up(gateway, self._settings)
                 log.warning("the engine serves again, with %d adapters", len(gateway.client.adapters))
                 return gateway
-
-    async def _start_again(self) -> EngineProcess:
-        """Starts with all adapters; where the engine refuses that, with each that still loads."""
-        try:
-            return await EngineProcess.start(self._config, self._command)
-        except EngineError as error:
-            if error.code is ErrorCode.ENGINE_DEAD or not self._config.lora_paths:
-                raise
-            log.error("the engine refuses to start with the adapters served before: %s", error)
-        bare = msgspec.structs.replace(self._config, lora_paths=())
-        process = await EngineProcess.start(bare, self._command)
-        try:
-            for entry in self._config.lora_paths:
-                await _load(process.client, entry)
-        except BaseException:
-            await process.kill()
-            raise
-        return process
 
     def _adopt(self, process: EngineProcess) -> Gateway:
         """The gateway of an engine that is ready."""
         self._process = process
         client = process.client
         client.on_stats = self._metrics.update
+        client.on_removed = self._keeper.removed
         self._metrics.engine_started(client.model)
         if self._prompts is None:
             self._prompts = _load_prompts(client, self._settings)
         return Gateway(
             client=client,
-            registry=ModelRegistry(client),
+            registry=ModelRegistry(client, self._lazy),
             prompts=self._prompts,
             settings=self._settings,
             metrics=self._metrics,
+            keeper=self._keeper,
         )
 
     def _running(self) -> EngineProcess:
@@ -172,7 +167,8 @@ def restored_config(config: EngineConfig, client: EngineClient) -> EngineConfig:
         enable_lora=True,
         max_lora_rank=client.model.max_lora_rank,  # else they would be inferred from the adapters anew
         lora_target_modules=client.model.lora_target_modules,
-        lora_paths=tuple(
+        lora_paths=(),
+        lora_restored=tuple(
             LoraPath(name=a.name, path=a.source, pinned=a.pinned, weight=a.weight, revision=a.revision) for a in served
         ),
     )
@@ -187,17 +183,6 @@ def _load_prompts(client: EngineClient, settings: Settings) -> PromptEncoder:
         raise EngineError(
             ErrorCode.INVALID_REQUEST, f"the chat template is broken in line {error.lineno}: {error.message}"
         ) from error
-
-
-async def _load(client: EngineClient, entry: LoraPath) -> None:
-    try:
-        await client.load_adapter(
-            entry.name, entry.path, pinned=entry.pinned, revision=entry.revision, weight=entry.weight
-        )
-    except EngineError as error:
-        if error.code is ErrorCode.ENGINE_DEAD:
-            raise
-        log.error("adapter %r is not served any more: %s", entry.name, error)
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

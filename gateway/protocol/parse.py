@@ -39,6 +39,18 @@ def parse(body: bytes, kind: type[T]) -> T:
         raise bad_request(f"The body is not valid JSON: {error}.") from None
 
 
+def convert(fields: Mapping[str, str], kind: type[T]) -> T:
+    """A form's fields, which are text, as what they mean.
+
+    Raises:
+        ApiError: 400, with the field in `param` and in the message.
+    """
+    try:
+        return msgspec.convert(fields, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error)) from None
+
+
 def not_supported(param: str, value: object = None) -> ApiError:
     """A 400 for a field that is known and that this server does not honour."""
     what = f"{quote(value)} for {param!r}" if isinstance(value, str) else f"{param!r}"

@@ -20,7 +20,7 @@ from gateway.settings import Settings
 from gateway.state import Gateway
 from tests.e2e.conftest import ARENA_TOKENS, Files
 from tests.e2e.server import Figures, Server, client_of, figures, load, names_of, serving, unload, until
-from tests.gateway.harness import serve
+from tests.gateway.harness import make_keeper, serve
 from tests.support.adapters import write_adapter
 from tests.support.engine import local_engine
 
@@ -158,6 +158,7 @@ async def test_no_task_outlives_its_request(files: Files) -> None:
             prompts=PromptEncoder.load(files.model, local.client.model.vocab_size),
             settings=settings,
             metrics=metrics,
+            keeper=make_keeper(),
         )
         async with serve(create_app(gateway, settings, metrics)) as address:
             models = ["llama", "llama:lora0", "llama:lora1"]

@@ -17,6 +17,7 @@ from gateway.prompt import PromptEncoder
 from gateway.settings import Settings
 from gateway.state import Gateway
 from tests.gateway.fake_engine import FakeEngine
+from tests.gateway.harness import make_keeper
 from tests.gateway.tokenizer_files import write_folder
 
 LOCAL = ("127.0.0.1", 40000)
@@ -48,6 +49,7 @@ def make_app(folder: Path, engine: FakeEngine | None = None, **settings: Any) ->
         prompts=PromptEncoder.load(write_folder(folder), engine.model.vocab_size),
         settings=chosen,
         metrics=metrics,
+        keeper=make_keeper(folder),
     )
     return App(create_app(gateway, chosen, metrics), engine, metrics, chosen)
 

@@ -234,6 +234,10 @@ class FakeEngine:
             pinned, weight = old.pinned if pinned is None else pinned, old.weight if weight is None else weight
         return self._add(name, source, pinned=bool(pinned), weight=1.0 if weight is None else weight)
 
+    async def offer_adapter(self, name: str, source: str) -> AdapterInfo:
+        self.calls.append(("offer", {"name": name, "source": source}))
+        return self.adapters.get(name) or self._add(name, source, pinned=False, weight=1.0)
+
     async def unload_adapter(self, name: str, *, timeout: float = 30.0, force: bool = False) -> None:
         self.calls.append(("unload", {"name": name, "timeout": timeout, "force": force}))
         self._known(name)

@@ -1,7 +1,7 @@
 """A process that speaks the engine's side of the link, for the supervisor's tests. Run as a script.
 
 `--lives` says how each life behaves, the last one for ever: ready; silent (no heartbeats); hung (says that a step
-hangs); picky (refuses to start with an adapter); refuse; exit. Each life writes its settings to `--log`, a line each.
+hangs); refuse; exit. Each life writes its settings to `--log`, a line each.
 """
 
 import argparse
@@ -47,11 +47,11 @@ class FakeProcess:
         self._adapters: dict[str, AdapterInfo] = {}
 
     async def run(self) -> None:
-        if self._life == "refuse" or (self._life == "picky" and self._config.lora_paths):
+        if self._life == "refuse":
             self._link.post(StartFailed(code=ErrorCode.ADAPTER_INVALID, message="the reason"))
             await self._link.flush()
             return
-        for i, entry in enumerate(self._config.lora_paths):
+        for i, entry in enumerate((*self._config.lora_paths, *self._config.lora_restored)):
             self._adapters[entry.name] = self._adapter(
                 i, entry.name, entry.path, pinned=entry.pinned, revision=entry.revision
             )

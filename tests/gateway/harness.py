@@ -16,9 +16,12 @@ from starlette.types import ASGIApp
 
 from engine.types import EngineError
 from gateway.errors import ApiError, error_response, to_api_error
+from gateway.keeper import Keeper
+from gateway.lora_state import fresh
 from gateway.models import ModelRegistry
 from gateway.prompt import PromptEncoder
 from gateway.routes import openai
+from gateway.spool import Spool
 from gateway.state import Gateway
 from tests.gateway.fake_engine import FakeEngine
 
@@ -56,6 +59,11 @@ class FakeMetrics:
         return self.timers[-1]
 
 
+def make_keeper(folder: Path = Path("/nowhere")) -> Keeper:
+    """One without a file; its spool is made in the folder when something is uploaded."""
+    return Keeper(Spool(folder / "spool"), fresh())
+
+
 def make_gateway(
     engine: FakeEngine, folder: Path, settings: FakeSettings | None = None, chat_template: str | None = None
 ) -> Gateway:
@@ -65,6 +73,7 @@ def make_gateway(
         prompts=PromptEncoder.load(folder, engine.model.vocab_size, chat_template),
         settings=settings or FakeSettings(),
         metrics=FakeMetrics(),
+        keeper=make_keeper(folder),
     )
 
 

@@ -7,12 +7,19 @@ from gateway.banner import human_bytes, human_count, summary
 from gateway.models import ModelRegistry
 from gateway.state import Gateway
 from tests.gateway.fake_engine import FakeEngine, model_info
-from tests.gateway.harness import FakeMetrics, FakeSettings
+from tests.gateway.harness import FakeMetrics, FakeSettings, make_keeper
 
 
 def told(engine: FakeEngine, address: tuple[str, int] = ("127.0.0.1", 30000)) -> str:
     registry = ModelRegistry(engine)
-    gateway = Gateway(client=engine, registry=registry, prompts=None, settings=FakeSettings(), metrics=FakeMetrics())  # type: ignore[arg-type]
+    gateway = Gateway(
+        client=engine,
+        registry=registry,
+        prompts=None,  # type: ignore[arg-type]
+        settings=FakeSettings(),
+        metrics=FakeMetrics(),
+        keeper=make_keeper(),
+    )
     return summary(gateway, address)
 
 

@@ -18,6 +18,7 @@ from gateway.metrics import Metrics
 from gateway.settings import Settings
 from gateway.state import Gateway
 from gateway.supervisor import Supervisor
+from tests.gateway.harness import make_keeper
 from tests.gateway.tokenizer_files import write_folder
 
 SCRIPT = str(Path(__file__).with_name("fake_engine_process.py"))
@@ -63,7 +64,13 @@ class Watched:
     def __init__(self, config: EngineConfig, command: tuple[str, ...], silence: float = 5.0) -> None:
         self.metrics = Metrics()
         self.supervisor = Supervisor(
-            Settings(engine=config), self.metrics, command=command, silence=silence, check=0.02, backoff=0.01
+            Settings(engine=config),
+            self.metrics,
+            make_keeper(),
+            command=command,
+            silence=silence,
+            check=0.02,
+            backoff=0.01,
         )
         self.published: asyncio.Queue[Gateway] = asyncio.Queue()
 
@@ -131,7 +138,7 @@ async def test_a_cancelled_start_leaves_no_process(config: EngineConfig, tmp_pat
 
 async def test_a_broken_tokenizer_is_a_start_error(config: EngineConfig, lives: Lives, tmp_path: Path) -> None:
     (tmp_path / "model" / "tokenizer.json").write_text("{")
-    supervisor = Supervisor(Settings(engine=config), Metrics(), command=lives.command("ready"))
+    supervisor = Supervisor(Settings(engine=config), Metrics(), make_keeper(), command=lives.command("ready"))
     with pytest.raises(EngineError, match=r"tokenizer\.json"):
         await supervisor.start()
     await supervisor.stop()
@@ -141,7 +148,7 @@ async def test_a_broken_tokenizer_is_a_start_error(config: EngineConfig, lives: 
 @pytest.mark.parametrize("template", ["{% if %}", "/no/such/file"])
 async def test_a_broken_template_is_a_start_error(config: EngineConfig, lives: Lives, template: str) -> None:
     settings = Settings(engine=config, chat_template=template)
-    supervisor = Supervisor(settings, Metrics(), command=lives.command("ready"))
+    supervisor = Supervisor(settings, Metrics(), make_keeper(), command=lives.command("ready"))
     with pytest.raises(EngineError, match="template"):
         await supervisor.start()
     await supervisor.stop()
@@ -199,13 +206,15 @@ async def test_a_start_that_fails_is_tried_again(config: EngineConfig, lives: Li
         assert len(lives.pids) == 4
 
 
-async def test_an_adapter_that_loads_no_more_does_not_keep_the_server_down(config: EngineConfig, lives: Lives) -> None:
-    config = msgspec.structs.replace(config, lora_paths=(*config.lora_paths, LoraPath(name="bad", path="/broken")))
-    watched = Watched(config, lives.command("ready,picky"))
+async def test_no_adapter_keeps_a_server_from_coming_back(config: EngineConfig, lives: Lives) -> None:
+    watched = Watched(config, lives.command("ready"))
     async with watched:
         os.kill(lives.pids[0], signal.SIGKILL)
         assert list((await watched.next()).client.adapters) == ["sql"]
-        assert [len(given.lora_paths) for given in lives.configs] == [2, 2, 0]
+    first, second = lives.configs
+    assert (first.lora_paths, first.lora_restored) == (config.lora_paths, ())
+    assert second.lora_paths == (), "of these a failure is a refusal to start"
+    assert [entry.name for entry in second.lora_restored] == ["sql"]
 
 
 async def test_the_engine_gets_no_secret(config: EngineConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
