@@ -1,9 +1,7 @@
-"""What the GPU benchmark runs: a base of Llama-3.1-8B's shape, adapters of random weights, plans made by hand."""
+"""What the benchmarks of the worker run: adapters of random weights, and plans made by hand."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Event
 
 import torch
@@ -16,36 +14,7 @@ from engine.plan import AdapterLoad, Admission, SequenceStep, StepPlan
 from engine.types import SamplingParams
 from engine.worker.worker import Worker
 
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "eos_token_id": 128009,
-    "bos_token_id": 128000,
-}  # fmt: skip
 GREEDY = SamplingParams(max_tokens=1 << 20, seed=0, temperature=0.0, ignore_eos=True)
-
-
-def write_config(folder: Path, config: dict[str, object]) -> Path:
-    """A checkpoint without weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +30,14 @@ class HostPages:
 
 
 def random_pages(worker: Worker, rank: int, modules: Iterable[str] = LORA_MODULES) -> HostPages:
-    """Weights of its own, drawn on the device."""
+    """Weights of its own, drawn on the worker's device."""
     info = worker.info
     layout = adapter_layout(info.dims, worker, rank, modules)
     dtype = getattr(torch, info.dtype)
     shape = layout.chunks, info.geometry.chunk_elements
-    drawn = torch.empty(shape, dtype=dtype, device="cuda").normal_(0.0, 0.02)
-    host = torch.empty(layout.chunks, info.geometry.chunk_bytes, dtype=torch.uint8, pin_memory=True)
+    drawn = torch.empty(shape, dtype=dtype, device=info.device).normal_(0.0, 0.02)
+    pinned = info.device.startswith("cuda")
+    host = torch.empty(layout.chunks, info.geometry.chunk_bytes, dtype=torch.uint8, pin_memory=pinned)
     host.copy_(drawn.view(torch.uint8))
     return HostPages(tuple(host.unbind()), layout)
 

@@ -36,16 +36,19 @@ class Row:
 
 @dataclass(slots=True)
 class Report:
-    """Grows row by row, printing each as it comes."""
+    """Grows row by row, printing each as it comes; with a folder each is kept at once, whatever ends the run."""
 
     name: str
     commit: str = ""
     rows: list[Row] = field(default_factory=list)
+    folder: Path | None = None
 
     def add(self, name: str, unit: str, values: Sequence[float], target: str = "", note: str = "") -> Row:
         row = Row(name, unit, tuple(values), target, note)
         self.rows.append(row)
         print(f"{name:<58} {row.median:>9.4g} {unit:<9} [{row.spread}] {target} {note}".rstrip(), flush=True)
+        if self.folder is not None:
+            self.save(self.folder)
         return row
 
     def save(self, folder: Path) -> Path:
@@ -53,7 +56,10 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.json"
         rows = [{**asdict(row), "median": row.median} for row in self.rows]
-        path.write_text(json.dumps({"name": self.name, **environment(self.commit), "rows": rows}, indent=1) + "\n")
+        text = json.dumps({"name": self.name, **environment(self.commit), "rows": rows}, indent=1) + "\n"
+        whole = path.with_suffix(".part")  # a run that is killed while it writes leaves the last whole file
+        whole.write_text(text)
+        whole.replace(path)
         return path
 
 
