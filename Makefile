@@ -8,7 +8,7 @@ ARGS ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: serve test test-slow test-gpu check bench bench-gpu simulate openapi dashboards clean
+.PHONY: serve test test-slow test-gpu check bench bench-gpu simulate openapi dashboards pictures clean
 
 serve: $(VENV)/.run-installed
 	$(VENV)/bin/loramux serve $(ARGS)
@@ -43,6 +43,10 @@ openapi: $(VENV)/.dev-installed
 
 dashboards: $(VENV)/.dev-installed
 	$(VENV)/bin/python grafana/make_dashboards.py
+
+# Those of docs/pictures; needs Debian's packages chromium, chromium-driver and prometheus.
+pictures: $(VENV)/.dev-installed
+	$(VENV)/bin/python -m docs.make_pictures
 
 $(VENV)/.run-installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "loramux needs Python 3.11 or newer; name one with PYTHON=...")'

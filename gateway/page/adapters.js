@@ -4,6 +4,7 @@ import { find, make, setAttribute, setText } from "./dom.js";
 import { ago, bytes, count, rate } from "./format.js";
 
 const PAGE = 100; // rows shown before "Show all"
+const METER = 56; // pixels of the busiest adapter's bar
 const COLUMNS = [
   { id: "ask", label: "Ask" },
   { id: "name", label: "Name", text: (card) => card.name, sort: (card) => card.name },
@@ -114,8 +115,9 @@ export class Table {
     row.card = card;
     for (const column of VALUES) setText(row.texts[column.id], column.text(card));
     setAttribute(row.node, "data-state", card.state);
+    setAttribute(row.node, "data-pinned", `${card.pinned}`);
     setAttribute(row.node, "data-busy", `${card.requests_running + card.requests_waiting > 0}`);
-    row.meter.style.width = `${(100 * card.rate) / top}%`;
+    row.meter.style.width = `${(METER * card.rate) / top}px`;
     setText(row.pin, card.pinned ? "Unpin" : "Pin");
     setAttribute(row.pin, "aria-label", `${card.pinned ? "Unpin" : "Pin"} ${card.name}`);
     return row;

@@ -14,7 +14,7 @@ const LONGEST = 5000; // likewise, while the server cannot be reached
 const HEALTH = { up: ["ok", "serving"], down: ["warn", "engine is being started again"] };
 
 const rates = new Rates();
-const keys = new Keys(() => round());
+const keys = new Keys(() => restart());
 const admin = new Admin((why) => keys.ask(why), () => round());
 const box = new AskBox(() => table.mark(box.chosen));
 const table = new Table({
@@ -26,6 +26,13 @@ let timer = 0;
 let wait = EVERY;
 let asking = false;
 let askedKey = false;
+
+/** With another key: what was refused may work, and what is refused again is told again. */
+function restart() {
+  askedKey = false;
+  wait = EVERY;
+  round();
+}
 
 async function round() {
   if (asking) return;

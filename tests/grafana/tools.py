@@ -32,6 +32,10 @@ class Prometheus:
         """The instant query's series. Raises AssertionError with Prometheus' own words where it is refused."""
         return list(self._get("query", query=expr)["result"])
 
+    def range(self, expr: str, start: float, end: float, step: float) -> list[Any]:
+        """The series from `start` to `end` (unix seconds), a value each `step` seconds."""
+        return list(self._get("query_range", query=expr, start=f"{start}", end=f"{end}", step=f"{step}")["result"])
+
     def series(self, selector: str) -> list[dict[str, str]]:
         """The label sets that a selector finds."""
         answer: Any = self._get("series", **{"match[]": selector})

@@ -69,6 +69,10 @@ class Browser:
         """Types into whatever has the focus."""
         ActionChains(self.driver).send_keys(*keys).perform()
 
+    def chord(self, modifier: str, key: str) -> None:
+        """A key while another is held."""
+        ActionChains(self.driver).key_down(modifier).send_keys(key).key_up(modifier).perform()
+
     def focused(self) -> str:
         """The id of the element that has the focus, else its label, else its tag."""
         code = "const e = document.activeElement; return e.id || e.getAttribute('aria-label') || e.tagName"
