@@ -8,7 +8,7 @@ ARGS ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: serve test test-slow test-gpu check bench bench-gpu simulate openapi dashboards pictures clean
+.PHONY: serve test test-slow test-gpu check bench bench-gpu targets simulate openapi dashboards pictures clean
 
 serve: $(VENV)/.run-installed
 	$(VENV)/bin/loramux serve $(ARGS)
@@ -34,6 +34,10 @@ bench: $(VENV)/.dev-installed
 
 bench-gpu: $(VENV)/.dev-installed
 	$(VENV)/bin/python -m benchmarks.gpu $(ARGS)
+
+# What kept runs reached of what was to be reached.
+targets: $(VENV)/.run-installed
+	$(VENV)/bin/python -m benchmarks.targets $(ARGS)
 
 simulate: $(VENV)/.run-installed
 	$(VENV)/bin/python -m benchmarks.simulator $(ARGS)

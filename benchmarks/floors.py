@@ -22,7 +22,7 @@ from benchmarks.device_timing import (
     matrix_rate,
     read_rate,
 )  # fmt: skip
-from benchmarks.report import Report
+from benchmarks.report import SHORT, Report
 from engine.models.dims import ModelDims
 
 BATCHES = (1, 8, 32, 64, 128, 256, 512)
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model and little memory: shows that it runs")
     arguments = parser.parse_args()
     dims, sizes = (TINY_DIMS, TINY) if arguments.tiny else (LLAMA_DIMS, Sizes())
-    report = Report("floors", arguments.commit)
+    report = Report(f"floors{SHORT}" if arguments.tiny else "floors", arguments.commit)
     try:
         floors = take_floors(report, random_matrices(dims), BATCHES, dims, sizes)
         card_floors(report, sizes)

@@ -16,7 +16,7 @@ import msgspec
 import uvloop
 
 from benchmarks import compare, steps, whole
-from benchmarks.report import Report
+from benchmarks.report import SHORT, Report
 
 GROUPS = {"gpu": steps.PARTS, "compare": compare.PARTS, **whole.GROUPS}
 PARTS = [part for parts in GROUPS.values() for part in parts]
@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = []
     for group, parts in GROUPS.items():
         if wanted := [part for part in arguments.parts if part in parts]:
-            report = Report(group, arguments.commit, folder=arguments.folder)
+            name = group + SHORT if arguments.tiny else group
+            report = Report(name, arguments.commit, folder=arguments.folder)
             try:
                 _run(group, wanted, arguments, report)
             except Exception:

@@ -24,7 +24,7 @@ from benchmarks.clients import HttpTarget
 from benchmarks.driving import Outcome, at_once, at_times, in_turn, percentile
 from benchmarks.load import Job
 from benchmarks.processes import loramux
-from benchmarks.report import Report
+from benchmarks.report import SHORT, Report
 from benchmarks.traffic import Lengths, arrival_times, make_jobs, until, zipf
 
 
@@ -146,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", default="", help="the commit to name, where there is no .git")
     parser.add_argument("--tiny", action="store_true", help="the short form: shows that it runs")
     arguments = parser.parse_args(argv)
-    scale, report = SMALL if arguments.tiny else FULL, Report(arguments.name, arguments.commit, folder=arguments.folder)
+    name = arguments.name + SHORT if arguments.tiny else arguments.name
+    scale, report = SMALL if arguments.tiny else FULL, Report(name, arguments.commit, folder=arguments.folder)
     if arguments.base_url is None:
         uvloop.run(run(scale, report))
     elif arguments.models:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+SHORT = "-tiny"  # ends the name of a short form's report, which no figure is taken from
 _PACKAGES = ("torch", "triton", "transformers", "peft", "starlette", "uvicorn", "loramux")
 
 

@@ -12,7 +12,7 @@ Rows = dict[str, float]
 
 
 def rows(folder: Path, name: str) -> Rows:
-    kept = json.loads((folder / f"{name}.json").read_text())
+    kept = json.loads((folder / f"{name}-tiny.json").read_text())
     assert kept["commit"] == "abc"
     assert kept["versions"]["torch"]
     return {row["name"]: row["median"] for row in kept["rows"]}
