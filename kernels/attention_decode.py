@@ -49,17 +49,27 @@ def _decode(
     head = kv_head * GROUP + g
     keys = arena + layer_start + kv_head * (BLOCK_TOKENS * HEAD_DIM)
     values = keys + KV_HEADS * BLOCK_TOKENS * HEAD_DIM
+    # The first item is read before anything else is known (the list is never shorter than the grid). Later ones are
+    # read in their own turn: triton 3.6 keeps the first value where a bound of the inner loop is carried between turns.
+    own = tl.program_id(1)
+    first_item = items + own * ITEM_INTS
+    first_row = tl.load(first_item)
+    first_table = tl.load(first_item + 1)
+    first_begin = tl.load(first_item + 2)
+    first_end = tl.load(first_item + 3)
+    first_whole = tl.load(first_item + 4)
     total = tl.load(counts + ITEMS)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    # An item is loaded in its own turn: triton 3.6 keeps the first item's value where a bound of the inner loop is
-    # carried from turn to turn.
-    for item in range(tl.program_id(1), total, tl.num_programs(1)):
-        row = tl.load(items + item * ITEM_INTS).to(tl.int64)
-        table = tables + tl.load(items + item * ITEM_INTS + 1).to(tl.int64) * table_stride
-        begin = tl.load(items + item * ITEM_INTS + 2)
-        end = tl.load(items + item * ITEM_INTS + 3)
-        whole = tl.load(items + item * ITEM_INTS + 4)
+    for item in range(own, total, tl.num_programs(1)):
+        later = tl.cast(item, tl.int32) > own
+        line = items + item * ITEM_INTS
+        row = tl.where(later, tl.load(line, mask=later, other=0), first_row).to(tl.int64)
+        place = tl.where(later, tl.load(line + 1, mask=later, other=0), first_table).to(tl.int64)
+        begin = tl.where(later, tl.load(line + 2, mask=later, other=0), first_begin)
+        end = tl.where(later, tl.load(line + 3, mask=later, other=0), first_end)
+        whole = tl.where(later, tl.load(line + 4, mask=later, other=0), first_whole)
+        table = tables + place * table_stride
         at = (head * HEAD_DIM)[:, None] + d[None, :]
         query = tl.load(q + row * q_stride + at, mask=real, other=0.0)
         acc = tl.zeros([BM, BD], tl.float32)
@@ -84,9 +94,9 @@ def _decode(
         if whole > 0:
             tl.store(out + row * out_stride + at, acc.to(out.dtype.element_ty), mask=real)
         else:
-            line = tl.cast(item, tl.int64) * (KV_HEADS * GROUP) + head
-            tl.store(partial + line[:, None] * HEAD_DIM + d[None, :], acc, mask=real)
-            tl.store(partial_lse + line, most + tl.log2(norm), mask=g < GROUP)
+            part = tl.cast(item, tl.int64) * (KV_HEADS * GROUP) + head
+            tl.store(partial + part[:, None] * HEAD_DIM + d[None, :], acc, mask=real)
+            tl.store(partial_lse + part, most + tl.log2(norm), mask=g < GROUP)
 
 
 @triton.jit
