@@ -17,7 +17,7 @@ from engine.arena import ChunkUse
 from engine.messages import RequestFailed, SequenceOutput, Submit
 from engine.plan import AdapterLoad, Admission, SequenceResult, SequenceStep, StepPlan, StepResult
 from engine.scheduler import Scheduler, SchedulerConfig
-from engine.types import FinishReason, SamplingParams, TokenLogprob
+from engine.types import EngineError, FinishReason, SamplingParams, TokenLogprob
 
 VOCAB = 50
 Entry = tuple[int, int, str | None]  # position, token, content of the adapter that wrote it
@@ -208,6 +208,25 @@ class Driver:
         self.check()
         return info.adapter_id
 
+    def replace(self, name: str, pages: int | None = None) -> int:
+        """Loads other weights under a name that is loaded; what fails leaves the old ones."""
+        self.change_source(name)
+        content, before = self.sources[name]
+        self.sources[name] = (content, pages or before)
+        control = self.scheduler.adapters
+        info = control.begin_replace(name, name, revision=None, pinned=None, weight=None, now=self.now)
+        adapter_id = info.adapter_id
+        try:
+            self._read(adapter_id)
+            control.take_over(adapter_id, None)
+        except EngineError:
+            control.give_up(adapter_id)
+            self.worker.host.pop(adapter_id, None)
+            raise
+        finally:
+            self.check()
+        return adapter_id
+
     def change_source(self, name: str) -> None:
         content, pages = self.sources[name]
         base, version = content.split("/")
@@ -234,12 +253,14 @@ class Driver:
         adapter_id = self.scheduler.adapters.host_done(adapter_id, Hosted(pages, 8, ("q_proj",), content))
         self.worker.host[adapter_id] = content
         for followed in self.requests.values():  # a source that changed while they waited serves them anew
-            if followed.content is not None and followed.content.split("/")[0] == name and not self._begun(followed):
+            if self._waits_for(followed, adapter_id):
                 followed.content = content
 
-    def _begun(self, followed: Followed) -> bool:
+    def _waits_for(self, followed: Followed, adapter_id: int) -> bool:
         request = self.scheduler._roster.requests.get(followed.submit.request_id)
-        return request is None or request.started
+        if request is None or request.started or request.adapter is None:
+            return False
+        return request.adapter.adapter_id == adapter_id
 
     def finish_copies(self, count: int | None = None) -> bool:
         """Ends copies to the device, all or the first so many."""
@@ -363,6 +384,8 @@ class Driver:
     # Checks
 
     def check(self) -> None:
+        for old in self.scheduler.adapters.finish_retired():
+            self.worker.host.pop(old.adapter_id, None)
         self.scheduler.check()
         arena = self.scheduler._arena
         for chunk in arena.owned(ChunkUse.FREE):

@@ -17,7 +17,7 @@ def expect(error: EngineError, *codes: ErrorCode) -> None:
 
 
 class History:
-    """Draws operations: requests of every kind, aborts, loads, unloads, pins, changed sources, steps at any time."""
+    """Draws operations: requests of every kind, aborts, loads, also in place, unloads, pins, changed sources, steps."""
 
     NAMES = ("a", "b", "c", "d", "e")
 
@@ -42,6 +42,7 @@ class History:
             self.finish_load: 9,
             self.abort: 2,
             self.load: 2,
+            self.replace: 1,
             self.begin_unload: 1,
             self.end_unloads: 2,
             self.pin: 1,
@@ -68,7 +69,7 @@ class History:
                 prompt_logprobs=rng.choice([None, None, None, 0]),
             )
         except EngineError as error:
-            expect(error, ErrorCode.ADAPTER_NOT_FOUND, ErrorCode.QUEUE_FULL)
+            expect(error, ErrorCode.ADAPTER_NOT_FOUND, ErrorCode.ADAPTER_UNAVAILABLE, ErrorCode.QUEUE_FULL)
 
     def abort(self) -> None:
         if self.driver.requests:
@@ -98,6 +99,14 @@ class History:
                 self.driver.fail(self.driver.scheduler.adapters.host_failed(adapter_id, error.message, self.driver.now))
             else:
                 expect(error, ErrorCode.ADAPTER_EXISTS)
+
+    def replace(self) -> None:
+        names = [i.name for i in self.driver.scheduler.adapters.infos() if i.name not in self.unloading]
+        if names:
+            try:
+                self.driver.replace(self.rng.choice(names), self.rng.randint(1, 4))
+            except EngineError as error:
+                expect(error, ErrorCode.ADAPTER_UNAVAILABLE, ErrorCode.INVALID_REQUEST)
 
     def begin_unload(self) -> None:
         names = [i.name for i in self.driver.scheduler.adapters.infos() if i.name not in self.unloading]
@@ -168,8 +177,8 @@ def test_the_histories_meet_every_situation() -> None:
         seen.update(stats.loads)
     situations = [
         "preemptions", "resumptions", "prefix_hit_tokens", "prefix/memory", "arena/memory", "arena/host",
-        "arena/unload", "arena/failed", "host/capacity", "skips_not_resident", "skips_no_slot", "slot_reservations",
-        "mixed_steps", "mixed_adapter_steps", "discarded_rows", "aborted", "failed", "finished_stop",
-        "finished_length", "device/failed", "drains", "adapter_hits", "adapter_misses",
+        "arena/unload", "arena/replaced", "arena/failed", "host/capacity", "skips_not_resident", "skips_no_slot",
+        "slot_reservations", "mixed_steps", "mixed_adapter_steps", "discarded_rows", "aborted", "failed", "finished_stop",
+        "finished_length", "device/failed", "drains", "adapters_replaced", "adapter_hits", "adapter_misses",
     ]  # fmt: skip
     assert [name for name in situations if not seen[name]] == []
