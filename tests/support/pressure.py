@@ -31,6 +31,7 @@ ABORT_SHARE, WARM_SHARE = 0.1, 0.25
 BASE_CLIENTS = 4  # every so many, one asks the base alone, and for long answers
 VERSIONS = 3  # an adapter's weights are replaced by the next of these
 PINS = 7  # as many as eight slots allow
+DRAIN_SECONDS = 120.0  # nothing that was accepted is to be ended
 ADMINS = 3  # tasks that unload and load
 
 
@@ -77,6 +78,10 @@ class Fleet:
 
     def current(self, name: str) -> Path:
         return self._folder / f"{name}-{self._versions[name]}"
+
+    def versions(self, name: str) -> set[int]:
+        """adapter_ids of all loads so far; a request may still run on one that was swapped."""
+        return {i for i, source in self.sources.items() if source is not None and source.name.startswith(f"{name}-")}
 
     async def renewed(self, name: str) -> Path:
         """Other weights for the name, in another folder."""
@@ -154,14 +159,19 @@ class Pressure:
         try:
             await self._read(generation, answers, stays)
         except EngineError as error:
-            if error.code is not ErrorCode.ADAPTER_UNAVAILABLE or adapter_id not in self._forced:
+            if error.code is not ErrorCode.ADAPTER_UNAVAILABLE or self._version(generation) not in self._forced:
                 raise
             self.done["failed by force"] += 1
-        version = self.watch.served_by[generation.request_id]  # a swap may have overtaken the request
         self.served += [
-            Served(version, prompt, warm, choice, limit, to_the_end, tuple(answer.tokens), answer.finish)
+            Served(
+                self._version(generation), prompt, warm, choice, limit, to_the_end, tuple(answer.tokens), answer.finish
+            )
             for choice, answer in enumerate(answers)
         ]
+
+    def _version(self, generation: Generation) -> int | None:
+        """The load that serves it: a swap may have overtaken the request."""
+        return self.watch.served_by[generation.request_id]
 
     async def _read(self, generation: Generation, answers: list[Answer], stays: int) -> None:
         async with generation:
@@ -198,7 +208,7 @@ class Pressure:
         async with self._holding(rng) as name:
             self._closed.add(name)
             old = self.client.adapters[name].adapter_id
-            await self.client.unload_adapter(name)
+            await self.client.unload_adapter(name, timeout=DRAIN_SECONDS)
             self._stale.append(old)
             info = await self.client.load_adapter(name, str(await self.fleet.renewed(name)))
             assert info.adapter_id > old
@@ -219,7 +229,7 @@ class Pressure:
         async with self._holding(rng) as name, asyncio.TaskGroup() as group:
             self._closed.add(name)
             old = self.client.adapters[name].adapter_id
-            self._forced.add(old)
+            self._forced |= self.fleet.versions(name)
             for _ in range(rng.randrange(4)):
                 group.create_task(self._ask(name, rng, max(OUTPUTS)))
             await asyncio.sleep(rng.random() * 0.2)
