@@ -63,7 +63,8 @@ def document() -> Json:
 def _types() -> Iterator[Any]:
     yield ErrorAnswer
     for operation in OPERATIONS:
-        parts = (operation.request, operation.answer, operation.event, operation.failure)
+        request = None if operation.files else operation.request  # forms are written out
+        parts = (request, operation.answer, operation.event, operation.failure)
         yield from (part for part in parts if part is not None)
 
 
@@ -75,10 +76,19 @@ def _operation(operation: Operation) -> Json:
         ]
     if operation.request is not None:
         content = {"application/json": {"schema": _schema(operation.request)}}
-        made["requestBody"] = {"required": True, "content": content}
+        made["requestBody"] = {"required": True, "content": _form(operation) if operation.files else content}
     made["responses"] = {"200": _success(operation), **_failures(operation)}
     made["security"] = [] if operation.security is None else [{}, {operation.security: []}]
     return made
+
+
+def _form(operation: Operation) -> Json:
+    """A form's fields, and its files."""
+    (fields,) = msgspec.json.schema(operation.request)["$defs"].values()
+    binary = {"type": "string", "format": "binary"}
+    properties = fields["properties"] | dict.fromkeys(operation.files, binary)
+    schema = fields | {"properties": properties, "required": [*fields["required"], *operation.files]}
+    return {"multipart/form-data": {"schema": schema}}
 
 
 def _success(operation: Operation) -> Json:

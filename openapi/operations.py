@@ -10,6 +10,7 @@ from gateway.models import ModelCard, ModelList
 from gateway.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
 from gateway.protocol.completions import Completion, CompletionRequest
 from gateway.protocol.native import Generated, GenerateRequest
+from gateway.routes import uploads
 from gateway.routes.admin import (
     AdapterRequest,
     AdapterResult,
@@ -39,6 +40,7 @@ class Operation:
     tag: str
     summary: str
     request: Any = None
+    files: tuple[str, ...] = ()  # the request is a form then, with these beside the fields of `request`
     answer: Any = None
     event: Any = None  # what an event of a stream holds, where `stream: true` asks for one
     failure: Any = ErrorAnswer  # the answer where the operation fails
@@ -47,7 +49,10 @@ class Operation:
     media_type: str = "application/json"
 
 
-def _admin(path: str, id: str, summary: str, request: Any, *, text: bool = False) -> Operation:
+def _admin(
+    path: str, id: str, summary: str, request: Any, *, text: bool = False, files: tuple[str, ...] = (),
+    failures: tuple[int, ...] = (400, 404, 503),
+) -> Operation:  # fmt: skip
     """An operation that changes the server; vLLM's answer a line of text."""
     return Operation(
         method="post",
@@ -56,9 +61,10 @@ def _admin(path: str, id: str, summary: str, request: Any, *, text: bool = False
         tag="Adapters",
         summary=summary,
         request=request,
+        files=files,
         answer=None if text else AdapterResult,
         failure=AdapterResult,
-        failures=(400, 404, 503),
+        failures=failures,
         security="adminKey",
         media_type="text/plain" if text else "application/json",
     )
@@ -140,6 +146,14 @@ OPERATIONS = (
         tag="Server",
         summary="Tells the arena by use, the slots and the base's traffic",
         answer=ServerStatus,
+    ),
+    _admin(
+        uploads.PATH,
+        "uploadLoraAdapter",
+        "Loads an adapter whose files come in the form",
+        uploads.UploadFields,
+        files=tuple(uploads.FILES),
+        failures=(400, 408, 415, 503, 507),
     ),
     _admin(
         "/load_lora_adapter", "loadLoraAdapter", "Loads an adapter, which then serves by its name", LoadAdapterRequest
