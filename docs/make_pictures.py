@@ -43,6 +43,7 @@ SECONDS = 110.0  # of traffic before the dashboards are drawn
 FLAGS = (
     "--served-model-name", "llama", "--max-loras-per-batch", "6", "--max-loaded-loras", "18",
     "--context-length", "1024", "--max-total-tokens", "3584",
+    "--threads", "1",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ ROW = 34  # pixels of one of its rows
 MARGIN = 7
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 34, 74  # around a plot
 LEGEND_LINES = 3
+GAP = 1.5  # seconds without a value
 COLORS = (
     "#2f6cab", "#c98722", "#2b7d4f", "#b3302c", "#7a5ba8", "#3d9aa5", "#a2567f", "#7f8a2e", "#5b6b7b", "#d17350",
 )  # fmt: skip
@@ -18,6 +20,8 @@ STYLE = (
     "text{font:12px Inter,system-ui,sans-serif;fill:#1b1f23}.title{font-weight:600;font-size:13px}"
     ".small{fill:#62696f;font-size:11px}.big{font-size:34px;font-weight:600}"
 )
+
+Layer = tuple[float, float, float]  # seconds, from, to
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ def _table(shown: list[Series], height: int) -> str:
 def _plot(panel: Panel, shown: list[Series], span: tuple[float, float], width: int, height: int) -> str:
     shown = sorted(shown, key=lambda series: -sum(value for _, value in series.points)) if len(shown) > 4 else shown
     layers = _stack(shown) if panel.stacked else [[(at, 0.0, value) for at, value in one.points] for one in shown]
-    top = _nice(max((high for layer in layers for _, _, high in layer), default=0.0))
+    unit = 2**20 if panel.unit == "bytes" else 1
+    top = unit * _nice(max((high for layer in layers for _, _, high in layer), default=0.0) / unit)
     plot_width, plot_height = width - LEFT - RIGHT, height - TOP - BOTTOM
 
     def place(at: float, value: float) -> str:
@@ -93,23 +98,34 @@ def _plot(panel: Panel, shown: list[Series], span: tuple[float, float], width: i
     parts = [_grid(panel.unit, top, width, plot_height, span)]
     for index, layer in enumerate(layers):
         color = COLORS[index % len(COLORS)]
-        line = " ".join(place(at, high) for at, _, high in layer)
-        if panel.stacked:
-            under = " ".join(place(at, low) for at, low, _ in reversed(layer))
-            parts.append(f'<polygon points="{line} {under}" fill="{color}" fill-opacity="0.75"/>')
-        else:
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.6"/>')
+        for run in _runs(layer):
+            line = " ".join(place(at, high) for at, _, high in run)
+            if panel.stacked:
+                under = " ".join(place(at, low) for at, low, _ in reversed(run))
+                parts.append(f'<polygon points="{line} {under}" fill="{color}" fill-opacity="0.75"/>')
+            else:
+                parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.6"/>')
     return "".join(parts) + _legend(shown, panel.unit, width, height)
 
 
-def _stack(shown: list[Series]) -> list[list[tuple[float, float, float]]]:
-    """Each series on those before it: (seconds, from, to)."""
+def _stack(shown: list[Series]) -> list[list[Layer]]:
+    """Each series on those before it."""
     ground: dict[float, float] = {}
     layers = []
     for series in shown:
         layers.append([(at, ground.get(at, 0.0), ground.get(at, 0.0) + value) for at, value in series.points])
         ground |= {at: high for at, _, high in layers[-1]}
     return layers
+
+
+def _runs(layer: list[Layer]) -> list[list[Layer]]:
+    """The parts between which there is no value: nothing is drawn across a gap."""
+    runs: list[list[Layer]] = []
+    for point in layer:
+        if not runs or point[0] - runs[-1][-1][0] > GAP:
+            runs.append([])
+        runs[-1].append(point)
+    return runs
 
 
 def _grid(unit: str, top: float, width: int, plot_height: int, span: tuple[float, float]) -> str:
@@ -127,17 +143,19 @@ def _grid(unit: str, top: float, width: int, plot_height: int, span: tuple[float
 
 
 def _legend(shown: list[Series], unit: str, width: int, height: int) -> str:
+    """Each series with its last value, as far as there is room, and how many more there are."""
     parts, x, line = [], 12.0, 0
     for index, series in enumerate(shown):
         text = f"{series.name} {_text(series.points[-1][1], unit)}"
         size = 24 + 6.4 * len(text)
-        if x + size > width - 12:
+        is_last_line = line == LEGEND_LINES - 1
+        is_full = x + size > width - (60 if is_last_line else 12)
+        if is_full and not is_last_line:
             x, line = 12.0, line + 1
-        is_last_place = line == LEGEND_LINES - 1 and x + size > width - 90
-        if line >= LEGEND_LINES or (is_last_place and index < len(shown) - 1):
-            parts.append(f'<text class="small" x="{x}" y="{height - 46 + 17 * line}">+ {len(shown) - index}</text>')
-            break
         y = height - 46 + 17 * line
+        if is_full and is_last_line:
+            parts.append(f'<text class="small" x="{x}" y="{y}">+ {len(shown) - index}</text>')
+            break
         parts.append(f'<rect x="{x}" y="{y - 8}" width="9" height="9" rx="2" fill="{COLORS[index % len(COLORS)]}"/>')
         parts.append(f'<text class="small" x="{x + 14}" y="{y}">{html.escape(text)}</text>')
         x += size
@@ -149,7 +167,7 @@ def _nice(value: float) -> float:
     if value <= 0:
         return 1.0
     power: float = 10.0 ** math.floor(math.log10(value))
-    return next(step * power for step in (1, 2, 4, 6, 8, 10) if step * power >= value)
+    return next(step * power for step in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10) if step * power >= value)
 
 
 def _text(value: float, unit: str) -> str:
@@ -185,6 +203,7 @@ def _series(one: dict[str, Any], legend: str, kind: str) -> Series:
     labels = one["metric"]
     for name, value in labels.items():
         legend = legend.replace(f"{{{{{name}}}}}", value)
+    legend = re.sub(r"{{\w+}}", "", legend)  # a label that a series lacks is empty, as Grafana has it
     if kind == "table":
         pinned = ", pinned" if labels.get("pinned") == "true" else ""
         legend = f"{labels['base']}:{labels['adapter']}: {labels['tier']}{pinned}"

@@ -20,7 +20,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     engine: EngineConfig
     host: str = "127.0.0.1"
     port: int = 30000  # 0: any free one
-    api_key: str | None = None  # wanted by every route but /health and /metrics
+    api_key: str | None = None  # wanted by every route but /health, /metrics and the page's files
     admin_api_key: str | None = None  # wanted by the routes that change the server; None: loopback peers only
     chat_template: str | None = None  # a file or the template itself; None: the model's own
     sampling_defaults: Literal["model", "openai"] = "model"  # where omitted sampling fields come from
