@@ -1,9 +1,10 @@
 """What the server says when it is ready: model, sizes, adapters, address and a line to try."""
 
-from engine.types import AdapterInfo, ModelInfo
+from engine.types import AdapterInfo, AdapterState, ModelInfo
 from gateway.state import Gateway
 
 UNITS = ("B", "KB", "MB", "GB", "TB")
+UNREAD = {AdapterState.COLD: "read on first use"}
 
 
 def summary(gateway: Gateway, address: tuple[str, int]) -> str:
@@ -38,7 +39,7 @@ def _lora_line(model: ModelInfo) -> str:
 
 def _adapter_line(adapter: AdapterInfo) -> str:
     size = f", {human_bytes(adapter.bytes)}" if adapter.bytes else ""
-    rank = f"rank {adapter.rank}{size}" if adapter.rank else adapter.state.value
+    rank = f"rank {adapter.rank}{size}" if adapter.rank else UNREAD.get(adapter.state, adapter.state.value)
     return f"            {adapter.name}: {rank}{', pinned' if adapter.pinned else ''}"
 
 

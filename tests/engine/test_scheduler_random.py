@@ -178,7 +178,8 @@ def test_the_histories_meet_every_situation() -> None:
     situations = [
         "preemptions", "resumptions", "prefix_hit_tokens", "prefix/memory", "arena/memory", "arena/host",
         "arena/unload", "arena/replaced", "arena/failed", "host/capacity", "skips_not_resident", "skips_no_slot",
-        "slot_reservations", "mixed_steps", "mixed_adapter_steps", "discarded_rows", "aborted", "failed", "finished_stop",
-        "finished_length", "device/failed", "drains", "adapters_replaced", "adapter_hits", "adapter_misses",
+        "slot_reservations", "mixed_steps", "mixed_adapter_steps", "discarded_rows", "aborted", "failed",
+        "finished_stop", "finished_length", "device/failed", "drains", "adapters_replaced", "adapter_hits",
+        "adapter_misses",
     ]  # fmt: skip
     assert [name for name in situations if not seen[name]] == []

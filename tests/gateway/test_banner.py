@@ -35,7 +35,7 @@ def test_everything_that_one_needs_is_said() -> None:
         "4.19 MB: 1,024 tokens in 64 chunks of 65.5 KB",
         "4 in a batch, rank up to 64, modules q, v, backend torch",
         "sql: rank 8, 90.2 MB, pinned",
-        "late: cold",
+        "late: read on first use",
         "http://127.0.0.1:30000/v1",
         '"model": "llama:sql"',
     ):
