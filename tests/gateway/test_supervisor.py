@@ -160,17 +160,20 @@ async def test_a_dead_engine_is_replaced_with_what_was_served(config: EngineConf
         await gateway.client.load_adapter("new", "org/new", pinned=True)
         await gateway.client.load_adapter("brief", "org/brief")
         await gateway.client.unload_adapter("brief")
+        await gateway.client.load_adapter("swapped", "org/first", revision="v1")
+        await gateway.client.load_adapter("swapped", "org/second", revision="v2", inplace=True)
         await gateway.client.pin_adapter("sql", True)
         os.kill(lives.pids[0], signal.SIGKILL)
         again = await watched.next()
         assert not gateway.client.alive
         assert again.client.alive
-        restored = {name: (a.source, a.pinned) for name, a in again.client.adapters.items()}
-        assert restored == {"sql": ("/sql", True), "new": ("org/new", True)}
+        restored = {name: (a.source, a.revision, a.pinned) for name, a in again.client.adapters.items()}
+        swapped = ("org/second", "v2", False)  # the last version
+        assert restored == {"sql": ("/sql", None, True), "new": ("org/new", None, True), "swapped": swapped}
         second = lives.configs[1]
         assert (second.max_lora_rank, second.lora_target_modules, second.enable_lora) == (64, ("q_proj",), True)
         os.kill(lives.pids[1], signal.SIGKILL)
-        assert set((await watched.next()).client.adapters) == {"sql", "new"}
+        assert set((await watched.next()).client.adapters) == {"sql", "new", "swapped"}
     assert all(map(is_gone, lives.pids))
 
 
