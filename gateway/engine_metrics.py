@@ -27,6 +27,7 @@ LABELLED = {
 }
 LOAD_STAGES = ("source", "host", "device")
 COUNTER_HELP = {
+    "adapters_replaced": "Loads in place that gave a name other weights.",
     "aborted": "Sequences aborted: the client went, or a stop string was found.",
     "adapter_hits": "Sequences whose adapter was resident when they came.",
     "adapter_misses": "Sequences whose adapter had to be loaded first.",
@@ -54,7 +55,7 @@ COUNTER_HELP = {
 NOTHING_YET: dict[str, tuple[tuple[str, ...], ...]] = {
     **dict.fromkeys(COUNTER_HELP, ((),)),
     "evictions": (
-        ("arena", "memory"), ("arena", "host"), ("arena", "unload"), ("arena", "failed"),
+        ("arena", "memory"), ("arena", "host"), ("arena", "unload"), ("arena", "replaced"), ("arena", "failed"),
         ("host", "capacity"), ("prefix", "memory"),
     ),
     "skips": (("not_resident",), ("no_slot",), ("slot_drains",)),
