@@ -112,7 +112,7 @@ async def test_a_body_at_the_limit_is_read(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/", "/v2/models", "/v1/chat/completions/", "/generate%0A", "/v1/models/"]
+    "path", ["/page", "/v1", "/v1/", "/v2/models", "/v1/chat/completions/", "/generate%0A", "/v1/models/"]
 )
 async def test_an_unknown_route_is_a_404(client: httpx.AsyncClient, path: str) -> None:
     for method in ("GET", "POST"):

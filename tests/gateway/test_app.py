@@ -40,7 +40,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     return error
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/nothing", "/health/", "/health%0A", "/v1/models%0A"])
+@pytest.mark.parametrize("path", ["/page", "/v1", "/v1/nothing", "/health/", "/health%0A", "/v1/models%0A"])
 async def test_unknown_routes_are_404(client: httpx.AsyncClient, path: str) -> None:
     response = await client.get(path)
     assert response.status_code == 404
