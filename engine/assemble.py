@@ -8,8 +8,11 @@ from pathlib import Path
 
 import msgspec
 
+from engine.adapters.dummy import DummyReader
 from engine.adapters.host import HostTier, default_budget
-from engine.adapters.loader import AdapterLoader, AdapterReader
+from engine.adapters.hub import Hub
+from engine.adapters.intake import AdapterReader
+from engine.adapters.loader import AdapterLoader
 from engine.adapters.peft import inspect_limits
 from engine.adapters.source import resolve_source
 from engine.adapters.spec import AdapterLimits
@@ -66,13 +69,13 @@ async def build(config: EngineConfig, link: EngineLink) -> Engine:
     worker = await asyncio.to_thread(Worker.start, config, folder, progress=show_progress())
     engine = _assemble(config, worker, link)
     try:
-        await engine.loader.start(config.lora_paths, config.max_loaded_loras)
+        await engine.loader.start(config.lora_paths, config.max_loaded_loras, config.lora_restored)
     except BaseException:
         engine.close()
         raise
     tokenizer = await asyncio.to_thread(tokenizer_folder, folder)
     adapters: list[AdapterInfo] = engine.scheduler.adapters.infos()
-    link.post(Ready(model=_model_info(config, worker.info, folder, tokenizer), adapters=adapters))
+    link.post(Ready(model=_model_info(config, engine.worker.info, folder, tokenizer), adapters=adapters))
     await link.flush()
     return engine
 
@@ -82,7 +85,9 @@ def with_limits(config: EngineConfig) -> EngineConfig:
 
     Blocking; raises EngineError for a path that cannot be read.
     """
-    config = msgspec.structs.replace(config, enable_lora=config.enable_lora or bool(config.lora_paths))
+    config = msgspec.structs.replace(
+        config, enable_lora=config.enable_lora or bool(config.lora_paths or config.lora_restored)
+    )
     rank, modules = config.max_lora_rank, config.lora_target_modules
     if config.lora_paths and (rank is None or modules is None):
         inferred = _inferred(config.lora_paths)
@@ -139,8 +144,11 @@ def _assemble(config: EngineConfig, worker: Worker, link: EngineLink) -> Engine:
     )
     wake = asyncio.Event()
     limits = AdapterLimits(config.max_lora_rank, config.lora_target_modules)
-    reader = AdapterReader(info.dims, limits, config.served_model_name)
-    loader = AdapterLoader(scheduler.adapters, host, worker, reader, scheduler.counters, link.post, wake)
+    make_reader = DummyReader if config.load_format == "dummy" else AdapterReader
+    inside = None if config.lora_dir is None else Path(config.lora_dir)
+    reader = make_reader(info.dims, limits, config.served_model_name, inside)
+    hub = None if config.load_format == "dummy" else Hub(config.lora_hub_timeout)
+    loader = AdapterLoader(scheduler.adapters, host, worker, reader, scheduler.counters, link.post, wake, hub)
     pipeline = Pipeline(worker)
     hung_after = max(HUNG_SECONDS, HUNG_STEPS * info.largest_step_seconds)
     overlap = not config.disable_overlap_schedule
