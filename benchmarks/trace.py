@@ -25,10 +25,10 @@ class Trace:
     rank: int = 8
     modules: str = "qkvo"
     lengths: tuple[int, int] = (8, 512)
-    overload: float = 1.3  # arrivals over what streams in turn are served
+    overload: float = 1.4  # arrivals over what streams in turn are served
     streams: int = 256
-    warm: float = 8.0
-    seconds: float = 20.0
+    warm: float = 6.0
+    seconds: float = 16.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ async def arena(client: EngineClient, scale: Capped, report: Report, what: str) 
 
 
 def capped_tokens(scale: Capped, block_tokens: int, adapter_chunks: int) -> int:
-    """--max-total-tokens for the KV of all streams, half of them at their end, and the adapters that are to fit."""
+    """--max-total-tokens for the KV of all streams at their mean whole length, and the adapters that are to fit."""
     return int(scale.streams * sum(scale.lengths)) + scale.fitting * adapter_chunks * block_tokens
 
 
