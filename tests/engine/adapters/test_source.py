@@ -10,7 +10,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from engine.adapters.source import ADAPTER_FILES, CONFIG_FILE, TENSORS_FILE, open_adapter_file, resolve_source
+from engine.adapters.source import (
+    ADAPTER_FILES,
+    CONFIG_FILE,
+    TENSORS_FILE,
+    open_adapter_file,
+    refuse_outside,
+    resolve_source,
+)
 from engine.types import EngineError, ErrorCode
 
 
@@ -152,3 +159,21 @@ def test_missing_files_are_explained(tmp_path: Path) -> None:
 def test_large_files_are_not_read(tmp_path: Path) -> None:
     (tmp_path / CONFIG_FILE).write_bytes(b" " * 11)
     assert "has 11 bytes; at most 10 are read" in unopened(tmp_path, CONFIG_FILE, 10)
+
+
+def test_links_out_of_the_folder_of_adapters_are_refused(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder in (root / "good", root / "linked", outside):
+        folder.mkdir(parents=True)
+        for name in ADAPTER_FILES:
+            (folder / name).touch()
+    (root / "alias").symlink_to(root / "good")
+    (root / "escape").symlink_to(outside)
+    (root / "linked" / TENSORS_FILE).unlink()
+    (root / "linked" / TENSORS_FILE).symlink_to(outside / TENSORS_FILE)
+    refuse_outside(root / "good", root)
+    refuse_outside(root / "alias", root)
+    for name in ("escape", "linked"):
+        with pytest.raises(EngineError, match="leads out of --lora-dir") as caught:
+            refuse_outside(root / name, root)
+        assert str(tmp_path) not in caught.value.message
