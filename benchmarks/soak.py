@@ -218,17 +218,20 @@ def _report_comparison(report: Report, found: Comparison) -> None:
     own, control = found.own, found.control
     report.add("soak: answers compared with the adapter alone", "answers", [len(own.verdicts)])
     report.add("soak: answers left out for want of time", "answers", [found.left_out], "= 0")
-    report.add("soak: answers that differ", "answers", [own.wrong], "= 0", f"margin {NEAR}, {FAR}, mean {MEAN}")
+    report.add("soak: answers that differ", "answers", [own.wrong], "= 0", f"margin {NEAR}, mean {MEAN}, place {FAR}")
     report.add("soak: places compared", "tokens", [len(own.drifts)])
     report.add("soak: share of them that is a near tie", "", [own.near_share], note=f"margin <= {NEAR} nats")
     report.add("soak: answers that part at a near tie", "answers", [len(own.margins)])
     report.add("soak: largest margin where one parts", "nats", [max(own.margins, default=0.0)], f"<= {NEAR}")
-    if own.drifts:
-        report.add("soak: difference of log-probabilities, mean", "nats", [statistics.fmean(own.drifts)])
-        report.add("soak: difference of log-probabilities, largest", "nats", [max(own.drifts)], f"<= {FAR}")
+    for name, tally in (("", own), (" to another model", control)):
+        if tally.verdicts:
+            means = [verdict.mean for verdict in tally.verdicts]
+            report.add(f"soak: mean difference{name}, median of answers", "nats", [statistics.median(means)])
+            report.add(f"soak: mean difference{name}, smallest", "nats", [min(means)])
+            report.add(f"soak: mean difference{name}, largest", "nats", [max(means)], f"<= {MEAN}" if not name else "")
     if control.verdicts:
         share = control.wrong / len(control.verdicts)
-        report.add("soak: another model's answers told apart", "", [share], ">= 0.6", f"of {len(control.verdicts)}")
+        report.add("soak: another model's answers told apart", "", [share], ">= 0.8", f"of {len(control.verdicts)}")
 
 
 def _report_growth(report: Report, idle: Footprint, warm: Footprint, after: Footprint) -> list[str]:

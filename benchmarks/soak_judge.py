@@ -1,17 +1,19 @@
 """Whether an answer given under load is the one that the same adapter gives alone; used by benchmarks.soak.
 
-Batches of other shapes round otherwise in bf16, so greedy answers may part where the two best tokens are close; how
-close is stated (NEAR), counted, and the largest is reported. Up to that place, and there too, both saw the same tokens,
-so their log-probabilities must agree; after it nothing can be compared.
+Batches of other shapes round otherwise in bf16, so greedy answers may part where the two best tokens are close. Up to
+that place, and there too, both saw the same tokens, so the log-probabilities of the best ones must agree; after it
+nothing can be compared. The bounds come from the demo model in bf16 against float32, 36 such answers of 30 tokens: the
+five best tokens' log-probabilities differ by 0.043 in the mean, 0.058 in the worst answer, 0.07 in the worst beginning
+of one to three tokens, 0.16 at the worst place. Against another adapter the mean of an answer was 0.11 to 0.76.
 """
 
 import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-NEAR = 0.25  # nats between the two best tokens of the answer alone; beyond it no other token may be chosen
-FAR = 0.5  # nats; by more no chosen token's log-probability may differ
-MEAN, MEAN_PLACES = 0.1, 4  # nats; by more they may not differ in the mean of an answer of at least so many places
+NEAR = 0.5  # nats between the two best tokens of the answer alone; beyond it no other token may be chosen
+MEAN = 0.2  # nats; by more the log-probabilities may not differ, in the mean of an answer
+FAR = 0.5  # nats; nor in the mean of a place
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,21 @@ class Answer:
         return best[0] - best[1] if len(best) > 1 else 0.0
 
     def drift(self, other: "Answer", place: int) -> float:
-        """How far the log-probability of the token chosen here differs in `other`; infinite where it is none of its
-        best."""
-        token = self.tokens[place]
-        return abs(self.best[place][token] - other.best[place].get(token, float("inf")))
+        """Mean difference of the best tokens' log-probabilities; one that is only among the best of one of them counts
+        as far as it must differ from the other's last."""
+        mine, others = self.best[place], other.best[place]
+        return statistics.fmean(_differences(mine, others) + _lacking(others, mine))
+
+
+def _differences(one: dict[str, float], other: dict[str, float]) -> list[float]:
+    """Of the tokens of `one`."""
+    return [abs(value - other[token]) for token, value in one.items() if token in other] + _lacking(one, other)
+
+
+def _lacking(one: dict[str, float], other: dict[str, float]) -> list[float]:
+    """Of the tokens of `one` that `other` lacks: its own for them is at most its least."""
+    least = min(other.values())
+    return [max(0.0, value - least) for token, value in one.items() if token not in other]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +62,12 @@ class Verdict:
 
     @property
     def wrong(self) -> bool:
-        long = len(self.drifts) >= MEAN_PLACES
-        return (
-            max(self.drifts) > FAR
-            or (long and statistics.fmean(self.drifts) > MEAN)
-            or (self.parted is not None and self.parted > NEAR)
-        )
+        apart = self.parted is not None and self.parted > NEAR
+        return apart or max(self.drifts) > FAR or self.mean > MEAN
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.drifts)
 
 
 def compare(loaded: Answer, alone: Answer) -> Verdict:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.soak_judge import FAR, MEAN, MEAN_PLACES, NEAR, Answer, Tally, compare
+from benchmarks.soak_judge import FAR, MEAN, NEAR, Answer, Tally, compare
 
 Place = tuple[str, dict[str, float]]
 
@@ -41,17 +41,24 @@ def test_another_token_where_the_margin_is_wide() -> None:
 
 def test_a_tie_that_the_other_does_not_know() -> None:
     """Both are near ties, but of other tokens."""
-    loaded = answer(("x", {"x": -0.7, "y": -0.7}))
-    alone = answer(("b", {"b": -0.7, "c": -0.7}))
+    loaded = answer(("x", {"x": -0.7, "y": -0.7, "z": -4}))
+    alone = answer(("b", {"b": -0.7, "c": -0.7, "d": -4}))
     assert compare(loaded, alone).wrong
 
 
 def test_same_tokens_with_another_probability() -> None:
-    assert compare(answer(sure("a", -0.1)), answer(sure("a", -0.2 - FAR))).wrong
-    few = [sure("a", -0.1 - 2 * MEAN)] * (MEAN_PLACES - 1)
-    assert not compare(answer(*few), answer(*[sure("a")] * (MEAN_PLACES - 1))).wrong
-    many = [*few, few[0]]
-    assert compare(answer(*many), answer(*[sure("a")] * MEAN_PLACES)).wrong
+    assert compare(answer(sure("a", -0.1)), answer(sure("a", -0.15 - MEAN))).wrong
+    few, many = [sure("a", -0.1 - 2 * FAR), *[sure("a")] * 20], [sure("a")] * 21
+    assert compare(answer(*few), answer(*many)).mean < MEAN
+    assert compare(answer(*few), answer(*many)).wrong  # one place is too far off
+    assert not compare(answer(*[sure("a", -0.1 - MEAN / 2)] * 21), answer(*many)).wrong
+
+
+def test_a_token_that_one_of_them_does_not_tell() -> None:
+    """It counts from the other's last one on: by how much it differs at least."""
+    one, other = answer(("a", {"a": -0.5, "b": -1.0})), answer(("a", {"a": -0.5, "c": -1.4}))
+    assert one.drift(other, 0) == pytest.approx((0.0 + 0.4 + 0.0) / 3)
+    assert other.drift(one, 0) == pytest.approx((0.0 + 0.4 + 0.0) / 3)
 
 
 def test_tokens_of_one_text_are_a_near_tie() -> None:
@@ -75,7 +82,7 @@ def test_the_tally_counts() -> None:
 
 
 def test_of_a_completion() -> None:
-    told = {"tokens": ["a"], "token_logprobs": [-0.5], "top_logprobs": [{"a": -0.5, "b": -1.0}]}
+    told = {"tokens": ["a"], "top_logprobs": [{"a": -0.5, "b": -1.0}]}
     made = Answer.of({"choices": [{"logprobs": told}]})
     assert made == Answer(("a",), ({"a": -0.5, "b": -1.0},))
     assert made.margin(0) == pytest.approx(0.5)
