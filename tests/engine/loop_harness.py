@@ -9,7 +9,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from engine.adapters.host import HostTier
-from engine.adapters.loader import AdapterLoader, AdapterReader
+from engine.adapters.hub import Hub
+from engine.adapters.intake import AdapterReader
+from engine.adapters.loader import AdapterLoader
 from engine.adapters.names import check_adapter_name
 from engine.client import EngineClient
 from engine.config import LoraPath
@@ -196,7 +198,8 @@ class Harness:
 @contextlib.asynccontextmanager
 async def harness(
     *, paths: Sequence[LoraPath] = (), sources: dict[str, str] | None = None, overlap: bool = True,
-    hung_after: float = 60.0, fails: bool = False, **sizes: Any,
+    hung_after: float = 60.0, fails: bool = False, restored: Sequence[LoraPath] = (), hub: Hub | None = None,
+    **sizes: Any,
 ) -> AsyncIterator[Harness]:  # fmt: skip
     """A running loop; checks at the end that it ran well (or, with `fails`, leaves its failure to the test)."""
     gateway_end, engine_end = memory_pair()
@@ -212,11 +215,12 @@ async def harness(
         scheduler.counters,
         engine_end.post,
         wake,
+        hub,
     )
     pipeline = Pipeline(worker)
     loop = EngineLoop(scheduler, loader, pipeline, engine_end, wake, overlap=overlap, hung_after=hung_after)
     try:
-        await loader.start(paths, scheduler.config.max_loaded)
+        await loader.start(paths, scheduler.config.max_loaded, restored)
         engine_end.post(Ready(model=model_info(), adapters=scheduler.adapters.infos()))
         running = asyncio.create_task(loop.run())
         running.add_done_callback(lambda _: asyncio.ensure_future(engine_end.close()))
