@@ -5,6 +5,8 @@ Whatever blocks runs in threads. A read can be given up: nobody waits for its th
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +21,9 @@ from engine.adapters.spec import AdapterLimits
 from engine.models.dims import ModelDims
 from engine.stats import Recorder
 from engine.types import EngineError, ErrorCode
+from engine.worker.background import lower_priority
 
+READERS = 2  # files are read and stored by so many threads of low priority: more would only take the step's cores
 T = TypeVar("T")
 
 
@@ -60,6 +64,7 @@ class Intake:
         self._demoted = demoted
         self._hub = hub
         self._loop = asyncio.get_running_loop()
+        self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="adapter-reads", initializer=lower_priority)
         self._reads: set[asyncio.Future[AdapterFile]] = set()  # also those that were given up
         self._stops: dict[int, asyncio.Future[EngineError]] = {}  # by adapter_id: set, its read is given up
 
@@ -109,7 +114,7 @@ class Intake:
         for victim in self._control.make_host_room(adapter_id, pages):
             self._host.drop(victim)
             self._demoted(victim)
-        await self._timed("host", asyncio.to_thread(self._host.store, adapter_id, file))
+        await self._timed("host", self._in_thread(partial(self._host.store, adapter_id, file)))
         hosted = Hosted(pages=pages, rank=spec.rank, modules=spec.module_names, content=spec.content_hash)
         renewed = self._control.host_done(adapter_id, hosted)
         if renewed != adapter_id:
@@ -125,6 +130,7 @@ class Intake:
         """Waits for no read; threads go on until their file is read."""
         for read in self._reads:
             read.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _read_ended(self, read: "asyncio.Future[AdapterFile]") -> None:
         self._reads.discard(read)
@@ -135,7 +141,10 @@ class Intake:
         if self._hub is not None:
             folder = await self._hub.resolve(source, revision, again=again)
             source, revision = folder, (revision if folder == source else None)
-        return await asyncio.to_thread(self._reader.read, source, revision)
+        return await self._in_thread(partial(self._reader.read, source, revision))
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await self._loop.run_in_executor(self._threads, work)
 
     async def _timed(self, stage: str, work: Coroutine[Any, Any, T]) -> T:
         start = self._loop.time()

@@ -17,7 +17,7 @@ class BackgroundThread:
     """Runs jobs one after the other, in the order they were given. The interpreter waits for it when it ends."""
 
     def __init__(self, name: str) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=_lower_priority)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=lower_priority)
 
     def submit(self, job: Callable[[], None]) -> Future[None]:
         """What a job raises is logged; whoever must know of it is told by the job itself."""
@@ -36,7 +36,7 @@ def _run(job: Callable[[], None]) -> None:
         log.exception("background work failed")
 
 
-def _lower_priority() -> None:
+def lower_priority() -> None:
     """One core at most, and that only when the step leaves it: both settings hold for the calling thread alone."""
     if hasattr(os, "setpriority"):
         with contextlib.suppress(OSError):

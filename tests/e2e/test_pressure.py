@@ -131,7 +131,11 @@ async def under_pressure(
         assert clock() < end + 30, f"never happened: {sorted(missing)}"
         return clock() >= end and not missing
 
-    await pressure.run(CLIENTS, enough)
+    try:
+        await pressure.run(CLIENTS, enough)
+    finally:
+        if watch.fault is not None:
+            raise watch.fault
     await local.settled()
     ends = watch.check_ends()
     assert set(ends) == {"length", "stop", "abort", "failed: adapter_unavailable"}

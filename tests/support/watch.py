@@ -13,7 +13,7 @@ from engine.draft import MAX_AHEAD
 from engine.messages import Event, RequestFailed, SequenceOutput, StepOutputs, Submit
 from engine.plan import AdapterLoad, SequenceStep, StepPlan, StepResult
 from engine.sequence import Sequence
-from engine.types import FinishReason
+from engine.types import EngineError, FinishReason
 from tests.support.engine import LocalEngine
 
 Choice = tuple[int, int]  # request_id, choice
@@ -40,6 +40,7 @@ class Watch:
 
     def __init__(self, local: LocalEngine, check_every: int = 1) -> None:
         self.steps = 0
+        self.fault: Exception | None = None  # the first that ended the engine
         self.ended: dict[Choice, str] = {}  # how each choice ended
         self.submitted: set[Choice] = set()
         self.served_by: dict[int, int | None] = {}  # request_id -> adapter_id, None: the base
@@ -79,10 +80,16 @@ class Watch:
         inner = getattr(owner, name)
 
         def hooked(*args: Any, **kwargs: Any) -> Any:
-            if before is not None:
-                before(*args, **kwargs)
-            result = inner(*args, **kwargs)
-            after(result, *args)
+            try:
+                if before is not None:
+                    before(*args, **kwargs)
+                result = inner(*args, **kwargs)
+                after(result, *args)
+            except EngineError:  # a refusal
+                raise
+            except Exception as error:  # clients only see that the engine stopped
+                self.fault = self.fault or error
+                raise
             return result
 
         setattr(owner, name, hooked)
