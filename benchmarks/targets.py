@@ -125,7 +125,7 @@ def read_runs(folder: Path) -> list[Run]:
 
 def _card(report: dict[str, Any]) -> str | None:
     """None for what is no run of a benchmark's whole form on an accelerator."""
-    if "rows" not in report or report["name"].endswith(SHORT):
+    if not {"name", "machine", "rows"} <= report.keys() or report["name"].endswith(SHORT):
         return None
     card: str | None = report["machine"]["accelerator"]
     return card

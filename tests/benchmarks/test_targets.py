@@ -57,6 +57,15 @@ def test_the_card_goes_before_the_date_and_the_newest_before_the_rest(tmp_path: 
     assert line(tmp_path, WHAT)[3] == "no measurement"
 
 
+def test_what_else_is_kept_beside_is_passed_over(tmp_path: Path) -> None:
+    """Figures of tests and of the simulator have another form."""
+    keep(tmp_path, "gpu", "NVIDIA H200", "2026-01-02T00:00", {FLOOR: 1.08})
+    (tmp_path / "simulator.json").write_text(json.dumps({"requests": 1, "rows": [{"hits": 1}]}))
+    (tmp_path / "tests.json").write_text(json.dumps({"exit": 0, "figures": [], "machine": {"accelerator": "x"}}))
+    assert line(tmp_path, WHAT)[3] == "met"
+    assert len(table(read_runs(Path(__file__).parents[2] / "benchmarks" / "results"))) == len(TARGETS) + 1
+
+
 def test_a_quotient_is_of_one_run(tmp_path: Path) -> None:
     keep(tmp_path, "a", "NVIDIA H200", "2026-01-02T00:00", {"8 adapters r16, batch 8": 5.5})
     keep(tmp_path, "b", "NVIDIA H200", "2026-01-01T00:00", {"base, batch 8": 5.0})
