@@ -92,13 +92,16 @@ def make_model(weights: list[list[Tensor]], tokens: int) -> Model:
 
 def follow(model: Model, group: int, out: Tensor, delta: Tensor | None, counts: Tensor) -> None:
     """The op that comes after a product anyway; it adds the delta."""
-    y, rest = model.y[group], {"delta": delta, "counts": counts if delta is not None else None}
+    y, used = model.y[group], None if delta is None else counts
     if group == 0:
-        rotary_store(out[:, :4096], y, model.arena, model.layout, 0, model.places, model.places, model.table, **rest)  # type: ignore[arg-type]
+        rotary_store(
+            out[:, :4096], y, model.arena, model.layout, 0, model.places, model.places, model.table, delta=delta,
+            counts=used,
+        )  # fmt: skip
     elif group == 2:
-        silu_mul(out, y, **rest)
+        silu_mul(out, y, delta=delta, counts=used)
     else:
-        add_rms_norm(out, model.residual, y, model.norm, 1e-5, **rest)
+        add_rms_norm(out, model.residual, y, model.norm, 1e-5, delta=delta, counts=used)
 
 
 def delta_of(model: Model, adapters: Adapters, step: LoraStep, layer: int, group: int, out: Tensor, add: bool) -> None:
