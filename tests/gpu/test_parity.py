@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
+from engine.models.overlap import OFF, Overlap
 from engine.types import SamplingParams
 from engine.worker.worker import Worker
 from tests.engine.worker.harness import Driver, Request, make_pages, random_weights
@@ -144,15 +145,22 @@ def test_top_of_a_large_arena(crowd: Case, figures: Figures) -> None:
     assert size > 40 << 30
 
 
-def test_graphs_change_nothing(crowd: Case) -> None:
-    """The same shapes launched eagerly: the same bits."""
-    owners = [None, *range(1, 9)]
-    runs = []
-    for disabled in (False, True):
-        driver = crowd.driver(disable_cuda_graph=disabled, max_loras_per_batch=64)
-        params = SamplingParams(max_tokens=16, seed=3, temperature=0.9, top_k=50, top_p=0.95, logprobs=0)
-        draw = random.Random(1)
-        made = [Request([draw.randrange(480) for _ in range(20)], owner, params) for owner in owners]
-        runs.append([(r.tokens, [p.logprob for p in r.logprobs]) for r in driver.run(made)])
-        driver.worker.close()
-    assert runs[0] == runs[1]
+@pytest.mark.parametrize(
+    ("graphs", "overlap"), [(False, OFF), (False, Overlap()), (True, None)], ids=["in line", "overlapped", "graphs"]
+)
+def test_graphs_and_overlap_change_nothing(crowd: Case, graphs: bool, overlap: Overlap | None) -> None:
+    """The same shapes launched eagerly, one kernel after the other: the same bits."""
+    assert sampled(crowd, graphs, overlap) == sampled(crowd, False, OFF)
+
+
+def sampled(crowd: Case, graphs: bool, overlap: Overlap | None) -> list[tuple[list[int], list[float]]]:
+    """Tokens and log-probabilities of a batch of base and adapters."""
+    driver = crowd.driver(disable_cuda_graph=not graphs, max_loras_per_batch=64)
+    if overlap is not None:
+        driver.worker._runner._decoder.overlap(overlap)  # type: ignore[attr-defined]
+    params = SamplingParams(max_tokens=16, seed=3, temperature=0.9, top_k=50, top_p=0.95, logprobs=0)
+    draw = random.Random(1)
+    made = [Request([draw.randrange(480) for _ in range(20)], owner, params) for owner in (None, *range(1, 9))]
+    found = [(r.tokens, [p.logprob for p in r.logprobs]) for r in driver.run(made)]
+    driver.worker.close()
+    return found
