@@ -23,7 +23,7 @@ from tests.support.models import read_dims, write_model
 RANKS = ({0: 16, 2: 16}, dict.fromkeys(range(7), 5), {6: 40})  # q and v; all seven; down
 SETTINGS = {
     "max_total_tokens": 2048, "max_running_requests": 4, "context_length": 128, "enable_lora": True,
-    "max_loras_per_batch": 3, "max_lora_rank": 40, "chunked_prefill_size": 16,
+    "max_loras_per_batch": 3, "max_lora_rank": 40, "chunked_prefill_size": 32,
 }  # fmt: skip
 
 
