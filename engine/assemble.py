@@ -3,10 +3,13 @@
 import asyncio
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
+import torch
 
 from engine.adapters.dummy import DummyReader
 from engine.adapters.host import HostTier, default_budget
@@ -25,7 +28,7 @@ from engine.models.generation import generation_defaults
 from engine.models.registry import load_config
 from engine.models.source import resolve_model
 from engine.models.tokenizer import tokenizer_folder
-from engine.pipeline import Pipeline
+from engine.pipeline import Pipeline, step_thread
 from engine.progress import show_progress
 from engine.scheduler import Scheduler, scheduler_config
 from engine.types import AdapterInfo, EngineError, ModelInfo
@@ -66,8 +69,8 @@ async def build(config: EngineConfig, link: EngineLink) -> Engine:
     folder = await asyncio.to_thread(resolve_model, config.model_path, config.revision)
     config = await asyncio.to_thread(with_limits, config)
     await asyncio.to_thread(refuse_longer_context, config, folder)
-    worker = await asyncio.to_thread(Worker.start, config, folder, progress=show_progress())
-    engine = _assemble(config, worker, link)
+    launcher = step_thread()
+    engine = _assemble(config, await _start_worker(config, folder, launcher), launcher, link)
     try:
         await engine.loader.start(config.lora_paths, config.max_loaded_loras, config.lora_restored)
     except BaseException:
@@ -78,6 +81,18 @@ async def build(config: EngineConfig, link: EngineLink) -> Engine:
     link.post(Ready(model=_model_info(config, engine.worker.info, folder, tokenizer), adapters=adapters))
     await link.flush()
     return engine
+
+
+async def _start_worker(config: EngineConfig, folder: Path, launcher: ThreadPoolExecutor) -> Worker:
+    """Starts it on the thread that launches steps, which becomes the only one that computes on several cores.
+
+    Each thread that does so keeps a team of OpenMP threads. With more of them than cores OpenMP no longer lets a
+    team spin between two operations but puts it to sleep, several hundred times a step: half of the CPU's speed.
+    """
+    loop = asyncio.get_running_loop()
+    worker = await loop.run_in_executor(launcher, partial(Worker.start, config, folder, progress=show_progress()))
+    torch.set_num_threads(1)  # for every thread that has not computed yet
+    return worker
 
 
 def with_limits(config: EngineConfig) -> EngineConfig:
@@ -120,7 +135,7 @@ def _inferred(paths: Iterable[LoraPath]) -> tuple[int, tuple[str, ...]]:
     return max(ranks), tuple(module for module in LORA_MODULES if module in modules)
 
 
-def _assemble(config: EngineConfig, worker: Worker, link: EngineLink) -> Engine:
+def _assemble(config: EngineConfig, worker: Worker, launcher: ThreadPoolExecutor, link: EngineLink) -> Engine:
     info = worker.info
     assert config.max_lora_rank is not None
     assert config.lora_target_modules is not None
@@ -149,7 +164,7 @@ def _assemble(config: EngineConfig, worker: Worker, link: EngineLink) -> Engine:
     reader = make_reader(info.dims, limits, config.served_model_name, inside)
     hub = None if config.load_format == "dummy" else Hub(config.lora_hub_timeout)
     loader = AdapterLoader(scheduler.adapters, host, worker, reader, scheduler.counters, link.post, wake, hub)
-    pipeline = Pipeline(worker)
+    pipeline = Pipeline(worker, launcher)
     hung_after = max(HUNG_SECONDS, HUNG_STEPS * info.largest_step_seconds)
     overlap = not config.disable_overlap_schedule
     loop = EngineLoop(scheduler, loader, pipeline, link, wake, overlap=overlap, hung_after=hung_after)

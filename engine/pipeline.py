@@ -38,12 +38,17 @@ class Flight:
     launched: float  # loop time
 
 
-class Pipeline:
-    """At most `depth` steps are on their way at once; the loop keeps to that."""
+def step_thread() -> ThreadPoolExecutor:
+    """The thread that loads the weights and launches every step."""
+    return ThreadPoolExecutor(1, thread_name_prefix="step")
 
-    def __init__(self, worker: StepWorker) -> None:
+
+class Pipeline:
+    """At most `depth` steps are on their way at once; the loop keeps to that. `launcher` is `step_thread()`."""
+
+    def __init__(self, worker: StepWorker, launcher: ThreadPoolExecutor) -> None:
         self._worker = worker
-        self._launcher = ThreadPoolExecutor(1, thread_name_prefix="step")
+        self._launcher = launcher
         self._collector = ThreadPoolExecutor(1, thread_name_prefix="collect")
 
     @property

@@ -24,6 +24,7 @@ from engine.types import EngineError, ErrorCode
 
 COMMAND = (sys.executable, "-P", "-m", "engine.process")  # -P: a folder `engine` where the user stands is not meant
 CONNECT_PAUSE = 0.02  # seconds between two attempts to connect
+HUGE_PAGES = "glibc.malloc.hugetlb=1"  # weights in pages of 2 MiB: a CPU's decode step is about a tenth shorter
 SECRETS = ("LORAMUX_API_KEY", "LORAMUX_ADMIN_API_KEY")  # the engine has no use for them
 
 
@@ -80,12 +81,14 @@ def _config_file(folder: Path, config: EngineConfig) -> Path:
 
 async def _spawn(command: Sequence[str]) -> Process:
     return await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.DEVNULL, env=_without_secrets(os.environ), start_new_session=True
+        *command, stdin=asyncio.subprocess.DEVNULL, env=_environment(os.environ), start_new_session=True
     )
 
 
-def _without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environ.items() if name not in SECRETS}
+def _environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The gateway's without its secrets; huge pages where nobody has tuned the allocator otherwise."""
+    kept = {name: value for name, value in environ.items() if name not in SECRETS}
+    return {"GLIBC_TUNABLES": HUGE_PAGES} | kept
 
 
 async def _connect(path: str, process: Process) -> EngineClient:

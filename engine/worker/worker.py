@@ -94,6 +94,7 @@ class Worker:
         self._lora_steps = lora_steps
         self._threads = threads
         self._prepared = threading.local()
+        self._prepared.done = True  # by `_start`, for the thread that made the worker
 
     @classmethod
     def start(cls, config: EngineConfig, folder: Path, *, progress: Progress) -> "Worker":

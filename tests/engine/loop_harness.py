@@ -18,7 +18,7 @@ from engine.config import LoraPath
 from engine.link import MemoryLink, memory_pair
 from engine.loop import EngineLoop
 from engine.messages import Command, Event, Ready
-from engine.pipeline import Pipeline
+from engine.pipeline import Pipeline, step_thread
 from engine.plan import AdapterLoad, SequenceResult, StepPlan, StepResult
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.types import EngineError, ErrorCode, FinishReason, ModelInfo, SamplingParams
@@ -217,7 +217,7 @@ async def harness(
         wake,
         hub,
     )
-    pipeline = Pipeline(worker)
+    pipeline = Pipeline(worker, step_thread())
     loop = EngineLoop(scheduler, loader, pipeline, engine_end, wake, overlap=overlap, hung_after=hung_after)
     try:
         await loader.start(paths, scheduler.config.max_loaded, restored)
