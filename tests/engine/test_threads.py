@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from engine.config import EngineConfig
-from tests.support.models import write_model
 from tests.support.engine import local_engine
+from tests.support.models import write_model
 
 
 async def test_only_the_step_thread_computes_on_several_cores(tmp_path: Path) -> None:
