@@ -3,8 +3,8 @@
     python -m benchmarks.soak [--minutes 7] [--adapters 100] [--slots 8] [--tokens 32768] [--model-path FOLDER]
 
 Base and adapters are asked while adapters are loaded and unloaded, over an arena too small for all of them. Every 50th
-answer is greedy and is compared with the same adapter's answer alone, after the traffic and past the prefix cache; one
-in five of them also with another model's, to see that the comparison would notice (see benchmarks.soak_judge).
+answer is greedy and is compared with the same adapter's answer alone, after the traffic and past the prefix cache; some
+also with another model's, to see that the comparison would notice (see benchmarks.soak_judge).
 """
 
 import argparse
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -28,8 +28,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.processes import Server, loramux, server_log
 from benchmarks.report import Report
-from benchmarks.soak_judge import FAR, MEAN, NEAR, Answer, Tally, compare
-from benchmarks.soak_traffic import Checked, Traffic, churn, client_loop, greedy_body, load, unload
+from benchmarks.soak_compare import Comparison, compare_alone
+from benchmarks.soak_judge import FAR, MEAN, NEAR
+from benchmarks.soak_traffic import Traffic, churn, client_loop, load, unload
 from engine.models.registry import load_config
 from engine.models.source import resolve_model
 from tests.support.adapters import write_adapter
@@ -41,7 +42,6 @@ MODULES = (
     ("down_proj",),
     ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 )
-CONTROL_EVERY = 5  # of the checked answers
 SETTLE_SECONDS = 30.0
 FILES, MEMORY_MB, DEVICE_MB = 8, 512, 64  # what may grow; of the memory two slabs of the host tier
 AT_REST = (  # 0 when nobody asks and nothing is loaded
@@ -61,48 +61,6 @@ class Footprint:
     files: int
     memory: float  # MB
     device: float  # MB of the accelerator in use, 0 without one
-
-
-@dataclass(slots=True)
-class Comparison:
-    """Every checked answer against the same model alone, and some against another model."""
-
-    own: Tally = field(default_factory=Tally)
-    control: Tally = field(default_factory=Tally)
-    left_out: int = 0  # for want of time
-
-
-async def compare_alone(http: httpx.AsyncClient, traffic: Traffic, seconds: float) -> Comparison:
-    """Asks one after the other, with nobody beside, until the time is over."""
-    end, found = time.monotonic() + seconds, Comparison()
-    for number, checked in enumerate(sorted(traffic.checked, key=lambda checked: checked.model)):
-        if time.monotonic() > end:
-            found.left_out += 1
-            continue
-        await _provide(http, traffic, checked.model)
-        verdict = compare(checked.answer, await _alone(http, checked.model, checked))
-        found.own.add(verdict)
-        if verdict.wrong:
-            traffic.errors.append(f"{checked.model} answers otherwise alone: {verdict} for {checked.prompt!r}")
-        if number % CONTROL_EVERY == 0:
-            other = traffic.base if checked.model != traffic.base else f"{traffic.base}:{min(traffic.sources)}"
-            await _provide(http, traffic, other)
-            found.control.add(compare(checked.answer, await _alone(http, other, checked)))
-    return found
-
-
-async def _provide(http: httpx.AsyncClient, traffic: Traffic, model: str) -> None:
-    """Another one goes for it, so that no more are on the host than under load."""
-    name = model.partition(":")[2]
-    if name and name not in traffic.served:
-        await unload(http, traffic, max(traffic.served))
-        await load(http, traffic, name)
-
-
-async def _alone(http: httpx.AsyncClient, model: str, checked: Checked) -> Answer:
-    """A salt keeps it from reading what the loaded run left in the prefix cache."""
-    body = greedy_body(model, checked.prompt, len(checked.answer.tokens)) | {"cache_salt": "alone"}
-    return Answer.of((await http.post("/v1/completions", json=body)).raise_for_status().json())
 
 
 async def figures(http: httpx.AsyncClient) -> dict[str, float]:

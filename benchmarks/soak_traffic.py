@@ -8,7 +8,7 @@ import collections
 import itertools
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,12 +134,12 @@ async def _stream(
     async with http.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             return response.status_code, (await response.aread()).decode()
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
+        async for line in _lines(response):
+            if line.startswith(b"data: {"):
                 if (error := orjson.loads(line[6:]).get("error")) is not None:
                     raise ValueError(f"in a stream: {error}")
                 events += 1
-            ended |= line == "data: [DONE]"
+            ended |= line == b"data: [DONE]"
             if leave and events > 3:
                 traffic.counts["left"] += 1
                 return None
@@ -147,6 +147,15 @@ async def _stream(
         raise ValueError("a stream broke off")
     traffic.counts["streams"] += 1
     return None
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """As events are cut: httpx's own lines also end at separators within a text."""
+    rest = b""
+    async for part in response.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line
 
 
 async def churn(http: httpx.AsyncClient, traffic: Traffic, keep: int, until: float) -> None:

@@ -14,6 +14,8 @@ from gateway.errors import ApiError, error_response, to_api_error
 
 PING_SECONDS = 15.0
 LINE_END = "\n"
+# JSON may hold these as they are, and some clients (httpx's iter_lines) take them for the end of a line.
+LINE_SEPARATORS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 HEADERS = {"cache-control": "no-cache"}  # the response itself adds those against buffering
 
 log = logging.getLogger(__name__)
@@ -83,7 +85,8 @@ async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
 
 
 def _encode(data: str) -> bytes:
-    return ServerSentEvent(data, sep=LINE_END).encode()
+    """The separators can only be within JSON's strings, where an escape means the same."""
+    return ServerSentEvent(data if data.isascii() else data.translate(LINE_SEPARATORS), sep=LINE_END).encode()
 
 
 def _ping() -> ServerSentEvent:

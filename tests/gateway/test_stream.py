@@ -4,11 +4,12 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import msgspec
 import pytest
 from starlette.types import Message
 
 from engine.types import EngineError, ErrorCode
-from gateway.stream import EventStream
+from gateway.stream import EventStream, event
 
 SCOPE: dict[str, Any] = {"type": "http", "method": "POST"}
 FIRST = b"data: 1\n\n"
@@ -79,6 +80,18 @@ async def test_a_stream() -> None:
     assert await client.body() == b""
     await task
     assert source.closed
+
+
+class Text(msgspec.Struct):
+    text: str
+
+
+def test_an_event_is_one_line_to_every_client() -> None:
+    told = Text("a\x0b\x1e\x85b\u2028c\u2029\r\nd\u00e9\u4e2d")
+    lines = event(told).decode().splitlines()  # as httpx cuts them
+    assert lines[1:] == [""]
+    assert msgspec.json.decode(lines[0].removeprefix("data: "), type=Text) == told
+    assert "\u00e9\u4e2d" in lines[0]  # nothing else is escaped
 
 
 async def test_an_error_before_the_first_event_has_its_own_status() -> None:
