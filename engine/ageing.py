@@ -101,8 +101,8 @@ class LoadQueue:
         if self._patience is None or not self._since:
             return None
         adapter, since = next(iter(self._since.items()))
-        wanted = adapter.pinned or adapter.tally.waiting
-        loadable = adapter.on_host and not adapter.chunks and adapter.error is None and not adapter.draining
+        wanted = adapter.tally.waiting or (adapter.pinned and not adapter.draining)
+        loadable = adapter.on_host and not adapter.chunks and adapter.error is None
         patience = max(self._patience, 1)  # else nobody were ever admitted between two loads
         return adapter if wanted and loadable and step - since >= times * patience else None
 

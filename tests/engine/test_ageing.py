@@ -204,6 +204,14 @@ def test_a_pinned_load_is_bounded_too() -> None:
     assert steps_until_loaded(driver, rng, 300) <= load_bound(6)
 
 
+def test_a_load_for_what_was_accepted_before_an_unload_is_bounded_too() -> None:
+    driver, rng = full_of_kv(1, patience=6)
+    request = driver.submit([1, 2, 3], "largest", max_tokens=2)
+    driver.scheduler.adapters.begin_unload("largest")
+    assert steps_until_loaded(driver, rng, 300) <= load_bound(6)
+    driver.run_until(lambda: driver.scheduler._roster.requests[request].started, 300)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_without_the_rule_a_load_waits_longer(seed: int) -> None:
     driver, rng = full_of_kv(seed, patience=None)
