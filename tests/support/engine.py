@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from engine.assemble import Engine, build
 from engine.client import EngineClient
 from engine.config import EngineConfig
-from engine.link import memory_pair
+from engine.link import EngineLink, memory_pair
 from engine.messages import Stats
 from engine.types import FinishReason, SamplingParams, TokenLogprob
 
@@ -70,7 +70,7 @@ async def local_engine(config: EngineConfig, *, poison: bool = True) -> AsyncIte
     engine = await build(config, engine_end)
     if poison:
         engine.scheduler._arena.on_free = lambda chunk: engine.worker.poison((chunk,))
-    running = asyncio.create_task(engine.run())
+    running = asyncio.create_task(_serve(engine, engine_end))
     client = await EngineClient.over(gateway_end)
     local = LocalEngine(engine, client)
     try:
@@ -79,6 +79,13 @@ async def local_engine(config: EngineConfig, *, poison: bool = True) -> AsyncIte
     finally:
         await client.close()
         await asyncio.gather(running, return_exceptions=True)
-        await engine_end.close()
         engine.close()
-    running.result()
+        running.result()  # what the engine failed with says more than what its clients saw of it
+
+
+async def _serve(engine: Engine, link: EngineLink) -> None:
+    """An engine that fails is gone for its clients, as in a process of its own."""
+    try:
+        await engine.run()
+    finally:
+        await link.close()

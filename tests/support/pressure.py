@@ -27,7 +27,7 @@ LENGTHS = (6, 40, 70)  # of prompts, in tokens
 OUTPUTS = (3, 10, 50)
 SKEW = 1.0  # of Zipf's law
 DRIFT = 40  # requests after which the most popular adapter becomes the least
-ABORT_SHARE, WARM_SHARE = 0.1, 0.25
+ABORT_SHARE = 0.1
 BASE_CLIENTS = 4  # every so many, one asks the base alone, and for long answers
 VERSIONS = 3  # an adapter's weights are replaced by the next of these
 PINS = 7  # as many as eight slots allow
@@ -36,12 +36,22 @@ ADMINS = 3  # tasks that unload and load
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked; few different ones, so that many answers are compared with one given alone."""
+
+    prompt: int  # index
+    warm: bool  # sampled at a temperature; else greedy
+
+
+QUESTIONS = (Question(0, False), Question(1, False), Question(1, True), Question(2, False))
+
+
+@dataclass(frozen=True, slots=True)
 class Served:
     """What one choice got. `adapter_id` says which load served it; None: the base."""
 
     adapter_id: int | None
-    prompt: int  # index
-    warm: bool  # sampled at a temperature; else greedy
+    question: Question
     choice: int
     limit: int  # max_tokens
     to_the_end: bool  # end tokens are ignored
@@ -49,14 +59,16 @@ class Served:
     finish: FinishReason | None  # None: its client left, or it was ended by force
 
     def fits(self, alone: list[int]) -> bool:
-        """Whether it is what `alone`, generated to its end, has at the start."""
-        wanted = alone[: self.limit]
-        finish = FinishReason.LENGTH
-        if not self.to_the_end and EOS_TOKEN in wanted:
-            wanted, finish = wanted[: wanted.index(EOS_TOKEN) + 1], FinishReason.STOP
-        if self.finish is None:
-            return list(self.tokens) == wanted[: len(self.tokens)]
-        return (list(self.tokens), self.finish) == (wanted, finish)
+        """Whether it is the start of `alone`, which goes on beyond end tokens, and ended where it had to."""
+        return list(self.tokens) == alone[: len(self.tokens)] and self._ended_rightly()
+
+    def _ended_rightly(self) -> bool:
+        stops = () if self.to_the_end else (EOS_TOKEN,)
+        if len(self.tokens) > self.limit or any(token in stops for token in self.tokens[:-1]):
+            return False
+        if self.tokens and self.tokens[-1] in stops:
+            return self.finish is FinishReason.STOP
+        return self.finish is (FinishReason.LENGTH if len(self.tokens) == self.limit else None)
 
 
 def sampling(warm: bool, limit: int, *, to_the_end: bool) -> SamplingParams:
@@ -149,12 +161,12 @@ class Pressure:
         """One request, which a few clients abandon on the way."""
         adapter_id = self.client.adapters[name].adapter_id if name else None
         self.on_request(name)
-        warm, n = rng.random() < WARM_SHARE, rng.choice((1, 1, 1, 2))
-        prompt, to_the_end = rng.randrange(len(self.prompts)), rng.random() < 0.5
+        question, n, to_the_end = rng.choice(QUESTIONS), rng.choice((1, 1, 1, 2)), rng.random() < 0.5
         answers = [Answer([], None, [], [], 0) for _ in range(n)]
         stays = limit * n if rng.random() >= ABORT_SHARE else rng.randrange(limit)  # tokens that it waits for
+        params = sampling(question.warm, limit, to_the_end=to_the_end)
         generation = self.client.generate(
-            prompt=self.prompts[prompt], params=sampling(warm, limit, to_the_end=to_the_end), n=n, adapter_id=adapter_id
+            prompt=self.prompts[question.prompt], params=params, n=n, adapter_id=adapter_id
         )
         try:
             await self._read(generation, answers, stays)
@@ -163,9 +175,7 @@ class Pressure:
                 raise
             self.done["failed by force"] += 1
         self.served += [
-            Served(
-                self._version(generation), prompt, warm, choice, limit, to_the_end, tuple(answer.tokens), answer.finish
-            )
+            Served(self._version(generation), question, choice, limit, to_the_end, tuple(answer.tokens), answer.finish)
             for choice, answer in enumerate(answers)
         ]
 
