@@ -19,6 +19,7 @@ import orjson
 from benchmarks.soak_judge import Answer
 
 CHECK_EVERY = 50
+DRAIN_SECONDS = 100  # a slow machine may not end what was accepted within the usual time-out
 SUBJECTS = ("A", "The", "Some", "Each", "That", "No", "My", "Every", "This")
 KINDS = ("old", "green", "slow", "bright", "heavy", "quiet", "broken", "golden", "hungry", "clever", "frozen", "empty")
 THINGS = ("river", "lamp", "bridge", "sailor", "garden", "letter", "engine", "teacher", "winter", "mountain", "market")
@@ -178,10 +179,10 @@ async def load(http: httpx.AsyncClient, traffic: Traffic, name: str) -> None:
 async def unload(http: httpx.AsyncClient, traffic: Traffic, name: str) -> None:
     traffic.served.discard(name)
     traffic.unloads[name] += 1
-    await _admin(http, traffic, "unload", {"lora_name": name})
+    await _admin(http, traffic, "unload", {"lora_name": name, "timeout": DRAIN_SECONDS})
 
 
-async def _admin(http: httpx.AsyncClient, traffic: Traffic, what: str, body: dict[str, str]) -> bool:
+async def _admin(http: httpx.AsyncClient, traffic: Traffic, what: str, body: dict[str, Any]) -> bool:
     response = await http.post(f"/{what}_lora_adapter", json=body)
     if response.status_code != 200:
         traffic.errors.append(f"{what} {body}: {response.status_code} {response.text[:200]}")

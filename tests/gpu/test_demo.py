@@ -1,6 +1,7 @@
 """The demo model with each of its adapters on the device, mixed in one batch, against transformers."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ from tests.parity.demo import chat_prompts, demo_adapters, demo_folder
 
 TOKENS = 24
 QUESTIONS = 8
+# Of the outputs whose margin is above 0.1. transformers in bf16 chooses otherwise at 2 of these 1,152 positions, at
+# margins of up to 0.58: bf16 through 30 layers moves this model's log-probabilities by 0.06 in the mean.
+OTHERWISE = 0.005
 
 
 def weights_of(file: AdapterFile) -> Weights:
@@ -41,15 +45,15 @@ class Demo:
             DeviceReference(folder, weights, dtype, torch.bfloat16, device) for dtype in (torch.float32, torch.bfloat16)
         )
 
-    def requests(self, questions: int, tokens: int) -> list[Request]:
-        """Every adapter and the base in turn, answers as the reference gives them."""
-        params = SamplingParams(max_tokens=tokens, seed=0, temperature=0.0, logprobs=1, prompt_logprobs=0)
-        prompts = chat_prompts(self.folder)[:questions]
-        return [
-            Request(prompt, owner, params, force=self.exact.greedy(prompt, owner, tokens))
-            for prompt in prompts
-            for owner in (None, *self.files)
-        ]
+    @functools.cached_property
+    def answers(self) -> list[tuple[list[int], int | None, list[int]]]:
+        """(prompt, adapter, what the reference answers), every adapter and the base in turn."""
+        pairs = [(prompt, owner) for prompt in chat_prompts(self.folder)[:QUESTIONS] for owner in (None, *self.files)]
+        return [(prompt, owner, self.exact.greedy(prompt, owner, TOKENS)) for prompt, owner in pairs]
+
+    def requests(self) -> list[Request]:
+        params = SamplingParams(max_tokens=TOKENS, seed=0, temperature=0.0, logprobs=1, prompt_logprobs=0)
+        return [Request(prompt, owner, params, force=answer) for prompt, owner, answer in self.answers]
 
 
 def load_all(driver: Driver, files: dict[int, AdapterFile], tier: HostTier) -> None:
@@ -71,10 +75,10 @@ def test_demo(demo: Demo, graphs: bool, figures: Figures, request: pytest.Fixtur
     dtype = getattr(torch, worker.info.dtype)
     tier = HostTier(worker.info.dims, worker.info.geometry, dtype, 1 << 30, pinned=True)
     load_all(driver, demo.files, tier)
-    requests = driver.run(demo.requests(QUESTIONS, TOKENS), (5, 40))
+    requests = driver.run(demo.requests(), (5, 40))
     judgement = judge(requests, demo.exact, demo.peer)
     figures(request.node.name, {**dataclasses.asdict(judgement), "replays": worker.graph_replays})
     worker.close()
     tier.close()
-    assert_right(judgement)
+    assert_right(judgement, OTHERWISE)
     assert (worker.graph_replays > 0) == graphs
