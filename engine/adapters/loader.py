@@ -55,7 +55,7 @@ class AdapterLoader:
         self._wake = wake
         self._loop = asyncio.get_running_loop()
         self._intake = Intake(control, host, reader, recorder, self._announce, hub)
-        self._loads = Loads(control, self._intake, self._fail, self._replaced, self._changed)
+        self._loads = Loads(control, self._intake, self._fail, self._replaced, self._lost, self._changed)
         self._arrivals: dict[int, list[asyncio.Future[None]]] = {}  # who waits until an adapter is resident
         self._drains: dict[str, Drain] = {}  # by name
         self._tasks: set[asyncio.Task[None]] = set()
@@ -263,6 +263,11 @@ class AdapterLoader:
         if (info := self._control.find(new)) is not None and not info.pinned:
             unpinned = EngineError(ErrorCode.ADAPTER_UNAVAILABLE, f"'{info.name}' was replaced and is not pinned")
             self._arrived(new, unpinned)
+
+    def _lost(self, name: str, adapter_id: int, reason: EngineError) -> None:
+        """It may have been announced, and somebody may wait for its arrival."""
+        self._arrived(adapter_id, reason)
+        self._post(AdapterRemoved(name=name, adapter_id=adapter_id))
 
     def _end_users(self, name: str) -> None:
         self._fail(self._control.fail_requests(name, f"adapter '{name}' was unloaded"))

@@ -12,7 +12,7 @@ from typing import Any
 from engine.adapters.control import AdapterControl
 from engine.adapters.intake import Intake, foreseen
 from engine.messages import RequestFailed
-from engine.types import EngineError, ErrorCode
+from engine.types import AdapterInfo, EngineError, ErrorCode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,17 +58,20 @@ class Turns:
 class Loads:
     """`fail` tells of requests that failed; `replaced` of an adapter_id (the second) that took over from the first.
 
-    `changed` is called when something may go on that could not before.
+    `lost` tells of one of which nothing is left, and why; `changed` is called when something may go on that could not
+    before.
     """
 
     def __init__(
         self, control: AdapterControl, intake: Intake, fail: Callable[[list[RequestFailed]], None],
-        replaced: Callable[[int, int], None], changed: Callable[[], None],
+        replaced: Callable[[int, int], None], lost: Callable[[str, int, EngineError], None],
+        changed: Callable[[], None],
     ) -> None:  # fmt: skip
         self._control = control
         self._intake = intake
         self._fail = fail
         self._replaced = replaced
+        self._lost = lost
         self._changed = changed
         self._loop = asyncio.get_running_loop()
         self._first: dict[int, FirstLoad] = {}  # by adapter_id
@@ -79,10 +82,7 @@ class Loads:
 
         The very same load that runs already is joined. Raises EngineError with the reason.
         """
-        info, ours = self._control.begin_load(
-            wanted.name, wanted.source, revision=wanted.revision, pinned=bool(wanted.pinned),
-            weight=1.0 if wanted.weight is None else wanted.weight, now=self._loop.time(),
-        )  # fmt: skip
+        info, ours = self._begin(wanted)
         if ours:
             task = asyncio.create_task(self._run_first(info.adapter_id, wanted))
             self._first[info.adapter_id] = FirstLoad(task)
@@ -115,6 +115,19 @@ class Loads:
 
     # First loads
 
+    def _begin(self, wanted: Wanted) -> tuple[AdapterInfo, bool]:
+        """A failed adapter gives its name away, also where the load is refused in the end."""
+        before = self._control.current_id(wanted.name)
+        try:
+            return self._control.begin_load(
+                wanted.name, wanted.source, revision=wanted.revision, pinned=bool(wanted.pinned),
+                weight=1.0 if wanted.weight is None else wanted.weight, now=self._loop.time(),
+            )  # fmt: skip
+        finally:
+            if before is not None and self._control.find(before) is None:
+                gone = EngineError(ErrorCode.ADAPTER_UNAVAILABLE, f"another load of adapter '{wanted.name}' was begun")
+                self._lost(wanted.name, before, gone)
+
     async def _run_first(self, adapter_id: int, wanted: Wanted) -> None:
         try:
             file = await self._intake.read(adapter_id, wanted.source, wanted.revision)
@@ -123,6 +136,8 @@ class Loads:
         except Exception as error:
             reason = foreseen(error)
             self._fail(self._control.host_failed(adapter_id, reason.message, self._loop.time()))
+            if self._control.find(adapter_id) is None:
+                self._lost(wanted.name, adapter_id, reason)
             raise reason from error
         finally:
             del self._first[adapter_id]
