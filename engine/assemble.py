@@ -17,6 +17,7 @@ from engine.adapters.hub import Hub
 from engine.adapters.intake import AdapterReader
 from engine.adapters.loader import AdapterLoader
 from engine.adapters.peft import inspect_limits
+from engine.adapters.snapshot import fetch_from_hub
 from engine.adapters.source import resolve_source
 from engine.adapters.spec import AdapterLimits
 from engine.config import EngineConfig, LoraPath
@@ -105,7 +106,7 @@ def with_limits(config: EngineConfig) -> EngineConfig:
     )
     rank, modules = config.max_lora_rank, config.lora_target_modules
     if config.lora_paths and (rank is None or modules is None):
-        inferred = _inferred(config.lora_paths)
+        inferred = _inferred(config.lora_paths, config.max_lora_hub_bytes)
         rank = inferred[0] if rank is None else rank
         modules = inferred[1] if modules is None else modules
     return msgspec.structs.replace(
@@ -122,12 +123,12 @@ def refuse_longer_context(config: EngineConfig, folder: Path) -> None:
         raise StartupError(f"--context-length {config.context_length}: the model has {longest} positions")
 
 
-def _inferred(paths: Iterable[LoraPath]) -> tuple[int, tuple[str, ...]]:
+def _inferred(paths: Iterable[LoraPath], max_hub_bytes: int) -> tuple[int, tuple[str, ...]]:
     """The largest rank and the modules. Raises EngineError naming the path."""
     ranks, modules = [], set[str]()
     for path in paths:
         try:
-            rank, names = inspect_limits([resolve_source(path.path, path.revision)])
+            rank, names = inspect_limits([resolve_source(path.path, path.revision, max_hub_bytes)])
         except EngineError as error:
             raise EngineError(error.code, f"--lora-paths {path.name}={path.path}: {error.message}") from error
         ranks.append(rank)
@@ -162,13 +163,17 @@ def _assemble(config: EngineConfig, worker: Worker, launcher: ThreadPoolExecutor
     make_reader = DummyReader if config.load_format == "dummy" else AdapterReader
     inside = None if config.lora_dir is None else Path(config.lora_dir)
     reader = make_reader(info.dims, limits, config.served_model_name, inside)
-    hub = None if config.load_format == "dummy" else Hub(config.lora_hub_timeout)
+    hub = None if config.load_format == "dummy" else _hub(config)
     loader = AdapterLoader(scheduler.adapters, host, worker, reader, scheduler.counters, link.post, wake, hub)
     pipeline = Pipeline(worker, launcher)
     hung_after = max(HUNG_SECONDS, HUNG_STEPS * info.largest_step_seconds)
     overlap = not config.disable_overlap_schedule
     loop = EngineLoop(scheduler, loader, pipeline, link, wake, overlap=overlap, hung_after=hung_after)
     return Engine(scheduler, worker, host, loader, pipeline, loop)
+
+
+def _hub(config: EngineConfig) -> Hub:
+    return Hub(config.lora_hub_timeout, fetch=partial(fetch_from_hub, max_bytes=config.max_lora_hub_bytes))
 
 
 def _model_info(config: EngineConfig, info: WorkerInfo, folder: Path, tokenizer: Path) -> ModelInfo:

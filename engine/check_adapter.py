@@ -18,8 +18,8 @@ from engine.adapters.host import HostTier
 from engine.adapters.layout import Layout, pack
 from engine.adapters.peft import AdapterFile, read_adapter
 from engine.adapters.peft_config import MAX_CONFIG_BYTES, LoraSettings, parse_settings
-from engine.adapters.source import CONFIG_FILE, TENSORS_FILE, open_adapter_file, resolve_source
-from engine.adapters.spec import AdapterLimits
+from engine.adapters.source import open_adapter_file, resolve_source
+from engine.adapters.spec import CONFIG_FILE, TENSORS_FILE, AdapterLimits
 from engine.adapters.tensorfile import Entry, read_header
 from engine.config import EngineConfig
 from engine.geometry import Geometry, make_geometry

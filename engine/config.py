@@ -2,6 +2,8 @@
 
 import msgspec
 
+MAX_LORA_HUB_BYTES = 4 * 2**30
+
 
 class LoraPath(msgspec.Struct, frozen=True, kw_only=True):
     """One entry of --lora-paths."""
@@ -31,6 +33,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     lora_restored: tuple[LoraPath, ...] = ()  # served before; what cannot be loaded now is listed with its reason
     lora_dir: str | None = None  # links in adapters from there must not lead out
     lora_hub_timeout: float = 120.0  # seconds for the files of one adapter
+    max_lora_hub_bytes: int = MAX_LORA_HUB_BYTES  # of the files of one adapter
     max_loras_per_batch: int = 8
     max_loaded_loras: int | None = None
     max_lora_rank: int | None = None  # None: inferred from lora_paths, else 256

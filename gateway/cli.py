@@ -96,6 +96,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         lora_paths=lora_paths,
         lora_dir=args.lora_dir and str(Path(args.lora_dir).expanduser().resolve()),
         lora_hub_timeout=args.lora_hub_timeout,
+        max_lora_hub_bytes=args.max_lora_hub_bytes,
         max_loras_per_batch=args.max_loras_per_batch,
         max_loaded_loras=args.max_loaded_loras,
         # what comes on demand is not bounded by what --lora-paths happens to hold

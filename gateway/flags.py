@@ -3,6 +3,7 @@
 import argparse
 from typing import NoReturn
 
+from engine.config import MAX_LORA_HUB_BYTES
 from gateway.settings import MAX_BODY_BYTES, MAX_LORA_UPLOAD_BYTES
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
@@ -142,6 +143,10 @@ def _add_lora_sources(parser: argparse.ArgumentParser) -> None:
         default=120.0,
         help="seconds that fetching one adapter from the hub may take",
     )
+    add(
+        "--max-lora-hub-bytes", type=byte_size, default=MAX_LORA_HUB_BYTES,
+        help="adapters on the hub whose two files are larger are not fetched",
+    )  # fmt: skip
     add(
         "--lora-preload", nargs="+", action="extend", metavar="NAME",
         help="adapters to read to host memory before the server is ready: of --lora-paths, --lora-dir or allowed "

@@ -4,8 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from engine.adapters.source import TENSORS_FILE
-from engine.adapters.spec import invalid
+from engine.adapters.spec import TENSORS_FILE, invalid
 from engine.adapters.tensorfile import Entry
 from engine.models.dims import LORA_MODULES
 

@@ -8,8 +8,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.adapters.source import ADAPTER_FILES, fetch_from_hub, hub_repository
-from engine.adapters.spec import invalid
+from engine.adapters.snapshot import fetch_from_hub
+from engine.adapters.source import hub_repository
+from engine.adapters.spec import ADAPTER_FILES, invalid
 from engine.types import EngineError, ErrorCode
 
 HUB_SECONDS = 120.0

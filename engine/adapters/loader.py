@@ -14,7 +14,7 @@ from engine.adapters.hub import Hub
 from engine.adapters.intake import AdapterReader, Intake, foreseen
 from engine.adapters.loads import Loads, Wanted
 from engine.adapters.residency import HostFullError
-from engine.adapters.source import RepositoryMissing
+from engine.adapters.snapshot import RepositoryMissing
 from engine.adapters.start import Start
 from engine.config import LoraPath
 from engine.messages import AdapterRemoved, AdapterUpdated, Event, RequestFailed

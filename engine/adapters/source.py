@@ -10,33 +10,24 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from engine.adapters.spec import invalid
-from engine.types import EngineError, ErrorCode
+from engine.adapters.snapshot import fetch_from_hub
+from engine.adapters.spec import ADAPTER_FILES, CONFIG_FILE, TENSORS_FILE, invalid
+from engine.config import MAX_LORA_HUB_BYTES
 
-CONFIG_FILE = "adapter_config.json"
-TENSORS_FILE = "adapter_model.safetensors"
-ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE)
 MAX_SOURCE = 1024
 HUB_PREFIX = "hub:"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(//|/?$)|(file|data|https?|s3|gs|hf):")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 
 
-class RepositoryMissing(EngineError):
-    """The hub was asked and has no such repository, or shows it to others only."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(ErrorCode.ADAPTER_INVALID, message)
-
-
-def resolve_source(source: str, revision: str | None = None) -> Path:
+def resolve_source(source: str, revision: str | None = None, max_hub_bytes: int = MAX_LORA_HUB_BYTES) -> Path:
     """The local folder with the adapter's files; a hub repository is fetched, or taken from the hub's cache.
 
     Raises EngineError (ADAPTER_INVALID) for a source that is refused or cannot be had, with the reason.
     """
     repo = hub_repository(source)
     if repo is not None:
-        return fetch_from_hub(repo, revision)
+        return fetch_from_hub(repo, revision, max_hub_bytes)
     folder = _local(source)
     if not folder.is_dir():
         raise invalid(f"{source}: not a folder (a folder with {CONFIG_FILE} and {TENSORS_FILE} is wanted)")
@@ -136,36 +127,3 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
-
-
-def fetch_from_hub(repo: str, revision: str | None) -> Path:
-    """The local snapshot of a repository's two files, from the hub's cache where it is up to date.
-
-    Raises EngineError (ADAPTER_INVALID) with the reason; RepositoryMissing where the hub says that there is none.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    asked = repo if revision is None else f"{repo} at revision {revision}"
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(ADAPTER_FILES)))
-    except GatedRepoError:
-        raise invalid(f"{asked}: this hub repository is gated; accept its terms and set HF_TOKEN") from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise RepositoryMissing(
-            f"{asked}: neither a local folder nor a hub repository that can be seen from here"
-        ) from None
-    except RevisionNotFoundError:
-        raise RepositoryMissing(f"{asked}: the hub repository has no such revision") from None
-    except Exception as error:  # the hub's client lets its HTTP library's errors through
-        reason = _first_line(error)
-        raise invalid(f"{asked}: there is no such local folder, and the hub cannot be reached ({reason})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

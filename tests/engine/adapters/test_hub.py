@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from engine.adapters.hub import Hub
-from engine.adapters.source import ADAPTER_FILES, RepositoryMissing
+from engine.adapters.snapshot import RepositoryMissing
+from engine.adapters.spec import ADAPTER_FILES
 from engine.types import EngineError, ErrorCode
 
 

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.adapters.peft import inspect_limits, read_adapter
-from engine.adapters.source import CONFIG_FILE, TENSORS_FILE
-from engine.adapters.spec import AdapterLimits
+from engine.adapters.spec import CONFIG_FILE, TENSORS_FILE, AdapterLimits
 from engine.models.dims import LORA_MODULES, ModelDims
 from engine.types import EngineError, ErrorCode
 from tests.support.adapters import adapter_tensors, write_adapter

@@ -1,23 +1,22 @@
 import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import (
+    DryRunError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from engine.adapters.source import (
-    ADAPTER_FILES,
-    CONFIG_FILE,
-    TENSORS_FILE,
-    open_adapter_file,
-    refuse_outside,
-    resolve_source,
-)
+from engine.adapters.snapshot import RepositoryMissing, fetch_from_hub
+from engine.adapters.source import open_adapter_file, refuse_outside, resolve_source
+from engine.adapters.spec import ADAPTER_FILES, CONFIG_FILE, TENSORS_FILE
 from engine.types import EngineError, ErrorCode
 
 
@@ -75,25 +74,75 @@ def test_a_folder_has_no_revision(tmp_path: Path) -> None:
     assert "a hub repository only" in refused(str(tmp_path), "main")
 
 
-class Hub:
-    """Stands in for `snapshot_download`: answers with a folder or raises."""
+SIZES: dict[str, int | None] = {CONFIG_FILE: 500, TENSORS_FILE: 10_000}
 
-    def __init__(self, answer: Path | Exception) -> None:
+
+class Hub:
+    """Stands in for `snapshot_download`: answers with a folder or raises; a dry run tells of files and their sizes.
+
+    One that is out of reach has what is in the cache.
+    """
+
+    def __init__(
+        self, answer: Path | Exception, sizes: dict[str, int | None] = SIZES, away: Exception | None = None
+    ) -> None:
         self.answer = answer
+        self.sizes = sizes
+        self.away = away
         self.calls: list[dict[str, Any]] = []
 
-    def __call__(self, repo: str, **arguments: Any) -> str:
+    def __call__(self, repo: str, **arguments: Any) -> Any:
         self.calls.append({"repo": repo, **arguments})
+        if arguments.get("dry_run"):
+            if self.away is not None:
+                raise DryRunError("no") from self.away
+            return [SimpleNamespace(commit_hash="c0ffee", file_size=n, filename=name) for name, n in self.sizes.items()]
         if isinstance(self.answer, Exception):
             raise self.answer
         return str(self.answer)
 
 
-def test_hub_fetches_two_files_at_the_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_fetches_two_files_of_the_commit_whose_sizes_were_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub = Hub(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
     assert resolve_source("owner/adapter", "abc123") == tmp_path
-    assert hub.calls == [{"repo": "owner/adapter", "revision": "abc123", "allow_patterns": list(ADAPTER_FILES)}]
+    wanted = {"repo": "owner/adapter", "allow_patterns": list(ADAPTER_FILES)}
+    assert hub.calls == [wanted | {"revision": "abc123", "dry_run": True}, wanted | {"revision": "c0ffee"}]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({CONFIG_FILE: 500, TENSORS_FILE: 501}, "1,001 bytes; at most 1,000 are fetched (--max-lora-hub-bytes)"),
+        ({CONFIG_FILE: 500, TENSORS_FILE: None}, f"does not tell how large {TENSORS_FILE} is"),
+        ({CONFIG_FILE: 500}, f"has no {TENSORS_FILE}"),
+    ],
+)
+def test_nothing_is_fetched_that_is_too_large_or_no_adapter(
+    sizes: dict[str, int | None], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(tmp_path, sizes)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    with pytest.raises(EngineError, match=re.escape(reason)):
+        fetch_from_hub("owner/adapter", None, 1000)
+    assert [call.get("dry_run") for call in hub.calls] == [True]
+
+
+def test_a_repository_without_an_adapter_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(tmp_path, {}))
+    with pytest.raises(RepositoryMissing, match="there is no adapter in this hub repository"):
+        fetch_from_hub("owner/model", None)
+
+
+def test_a_hub_out_of_reach_leaves_what_was_fetched_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(tmp_path, away=ConnectionError("down"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    assert resolve_source("owner/adapter") == tmp_path
+    assert hub.calls[1]["local_files_only"], "sizes were not told, so nothing is fetched"
+    hub.answer = LocalEntryNotFoundError("not cached")
+    assert "the hub cannot be reached (down)" in refused("owner/adapter")
 
 
 def without_response(kind: type[Exception]) -> Exception:
@@ -109,13 +158,14 @@ def without_response(kind: type[Exception]) -> Exception:
             without_response(RevisionNotFoundError),
             "owner/adapter at revision v9: the hub repository has no such",
         ),
-        (LocalEntryNotFoundError("offline\nsecond line"), "the hub cannot be reached (offline)"),
+        (OfflineModeIsEnabled("offline\nsecond line"), "the hub cannot be reached (offline)"),
         (ConnectionError(), "the hub cannot be reached (ConnectionError)"),
     ],
 )
 def test_what_the_hub_refuses(error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(error))
-    assert reason in refused("owner/adapter", "v9")
+    for hub in (Hub(error), Hub(LocalEntryNotFoundError("not cached"), away=error)):
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+        assert reason in refused("owner/adapter", "v9")
 
 
 def unopened(folder: Path, name: str = TENSORS_FILE, max_bytes: int | None = None) -> str:

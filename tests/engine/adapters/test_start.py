@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from engine.adapters.hub import Hub
-from engine.adapters.source import RepositoryMissing
+from engine.adapters.snapshot import RepositoryMissing
 from engine.config import LoraPath
 from engine.types import AdapterState, EngineError, ErrorCode, FinishReason
 from tests.engine.loop_harness import harness
