@@ -63,8 +63,9 @@ class Lazy:
     async def has_left(self, engine: Engine, adapter: AdapterInfo) -> bool:
         """Whether a folder was taken away whose adapter is no longer in memory; the engine forgets it then."""
         path = self._folder(adapter.name)
+        is_ours = adapter.name in self._offered and adapter.source == str(path)  # not loaded from elsewhere since
         away = adapter.state in (AdapterState.COLD, AdapterState.FAILED)
-        if path is None or adapter.name not in self._offered or not away or await asyncio.to_thread(_holds, path):
+        if path is None or not is_ours or not away or await asyncio.to_thread(_holds, path):
             return False
         try:
             await engine.unload_adapter(adapter.name)
@@ -95,7 +96,12 @@ class Lazy:
                 503, "Too many adapters are being looked for.", code="queue_full", headers={"retry-after": "1"}
             )
         self._lookups[name] = task = asyncio.create_task(self._look(engine, name, source), name="lazy")
-        task.add_done_callback(lambda _: self._lookups.pop(name))
+        task.add_done_callback(lambda task: self._looked(name, task))
+
+    def _looked(self, name: str, task: "asyncio.Task[AdapterInfo | None]") -> None:
+        del self._lookups[name]
+        if not task.cancelled():
+            task.exception()  # everyone who asked may have gone
 
     async def _look(self, engine: Engine, name: str, source: str) -> AdapterInfo | None:
         local = not source.startswith(HUB_PREFIX)

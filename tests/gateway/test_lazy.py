@@ -175,6 +175,18 @@ async def test_a_folder_that_was_removed_is_a_404_once_it_left_memory(
     assert not await served(models, "sql")
 
 
+async def test_what_an_admin_put_in_a_folders_place_is_not_judged_by_it(
+    engine: HubEngine, root: Path, clock: Clock
+) -> None:
+    put(root / "sql")
+    models = registry(engine, root, clock)
+    assert await served(models, "sql")
+    info = await engine.load_adapter("sql", "/elsewhere", inplace=True)
+    engine.adapters["sql"] = msgspec.structs.replace(info, state=AdapterState.COLD)
+    (root / "sql").rename(root.parent / "away")
+    assert await served(models, "sql")
+
+
 async def test_what_an_admin_loaded_is_not_judged_by_the_folder(engine: HubEngine, root: Path, clock: Clock) -> None:
     models = registry(engine, root, clock)
     info = await engine.load_adapter("sql", "/elsewhere")
