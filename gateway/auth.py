@@ -19,6 +19,7 @@ from gateway.errors import ApiError
 from gateway.settings import Settings
 
 Check = Callable[[Scope], None]
+FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")  # a proxy on this machine speaks for others
 
 
 class Guard:
@@ -96,8 +97,8 @@ def _as_sent(header: str) -> str:
 def _require_local(scope: Scope, content_type: str) -> None:
     """A page can have a browser post forms without asking first; they come with Origin or Sec-Fetch-Site, or both."""
     headers = Headers(scope=scope)
-    if not is_loopback(scope.get("client")):
-        message = "Without --admin-api-key this route answers only clients on the server's own machine."
+    if not is_loopback(scope.get("client")) or any(name in headers for name in FORWARDED):
+        message = "Without --admin-api-key this route answers only clients on the server's own machine, past no proxy."
         raise ApiError(403, message, code="admin_key_required")
     if "origin" in headers or "sec-fetch-site" in headers:
         told = "the headers 'Origin', 'Sec-Fetch-Site'"

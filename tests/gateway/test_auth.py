@@ -117,7 +117,7 @@ OTHER_SITES = (
     {"origin": "http://test", "sec-fetch-site": "same-site"},
     {"sec-fetch-site": "cross-site"},
 )
-OWN_PAGE = (
+OWN_PAGE: tuple[dict[str, str], ...] = (
     {"origin": "http://test"},
     {"origin": "https://test"},  # a proxy ended the encryption
     {"origin": "https://front.example", "sec-fetch-site": "same-origin"},  # a proxy that replaced the Host
@@ -137,13 +137,25 @@ async def test_with_an_admin_key_no_page_of_another_site_may_change_though_it_ha
             assert response.status_code == 200
 
 
+NO_KEY: tuple[dict[str, str], ...] = ({}, {"authorization": "Bearer wrong"})
+
+
 async def test_the_servers_own_page_needs_the_admin_key_too(tmp_path: Path) -> None:
     app = app_with(tmp_path, admin_api_key="boss")
     async with app.client() as client:
         for headers in OWN_PAGE:
-            for key in ({}, bearer("wrong")):
+            for key in NO_KEY:
                 response = await client.post("/load_lora_adapter", json=LOAD, headers=headers | key)
                 assert response.status_code == 401
+    assert list(app.engine.adapters) == ["sql"]
+
+
+@pytest.mark.parametrize("header", ["forwarded", "x-forwarded-for", "x-real-ip"])
+async def test_a_proxy_on_this_machine_opens_nothing_without_an_admin_key(tmp_path: Path, header: str) -> None:
+    app = app_with(tmp_path)
+    async with app.client() as client:
+        response = await client.post("/load_lora_adapter", json=LOAD, headers={header: "for=192.0.2.7"})
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "admin_key_required")
     assert list(app.engine.adapters) == ["sql"]
 
 
