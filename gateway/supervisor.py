@@ -30,6 +30,7 @@ CHECK_SECONDS = 1.0
 RESTART_SECONDS = 600.0  # a restart that takes longer has failed
 FIRST_BACKOFF = 1.0  # seconds; doubles with each try
 LONGEST_BACKOFF = 30.0
+WARM_UP_SECONDS = 30.0  # an engine that is started again serves after this, warmed up or not
 STEADY_SECONDS = 60.0  # an engine that lived so long died of something new
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class Supervisor:
         self._process: EngineProcess | None = None
         self._prompts: PromptEncoder | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._warming: asyncio.Task[None] | None = None
 
     async def start(self) -> Gateway:
         """The first start.
@@ -83,9 +85,10 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Ends the engine, whatever state it is in, for good. What it has not answered fails."""
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.gather(self._watch, return_exceptions=True)
+        for task in (self._watch, self._warming):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         if self._process is not None:
             await self._process.stop()
 
@@ -127,9 +130,20 @@ class Supervisor:
                 delay = min(LONGEST_BACKOFF, max(self._backoff, delay * 2))
                 log.error("the engine could not be started again (next try in %.0f s): %s", delay, error)
             else:
-                await try_to_warm_up(gateway, self._settings)
+                await self._warm_up(gateway)
                 log.warning("the engine serves again, with %d adapters", len(gateway.client.adapters))
                 return gateway
+
+    async def _warm_up(self, gateway: Gateway) -> None:
+        """Returns when it has ended, the engine is lost or enough time has passed; it goes on beside requests then."""
+        self._warming = asyncio.create_task(try_to_warm_up(gateway, self._settings), name="warm-up")
+        lost = asyncio.create_task(self._until_lost(self._running().client))
+        try:
+            await asyncio.wait({self._warming, lost}, timeout=WARM_UP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            lost.cancel()
+        if self._warming.done():
+            self._warming.result()
 
     def _adopt(self, process: EngineProcess) -> Gateway:
         """The gateway of an engine that is ready."""

@@ -13,6 +13,7 @@ import pytest
 
 from engine.config import EngineConfig, LoraPath
 from engine.types import EngineError, ErrorCode, SamplingParams
+from gateway import supervisor
 from gateway.engine_process import EngineProcess
 from gateway.metrics import Metrics
 from gateway.settings import Settings
@@ -102,6 +103,37 @@ async def test_it_starts_and_leaves_nothing(config: EngineConfig, lives: Lives) 
         assert gateway.prompts.tokenizer.encode("hello", add_special_tokens=False)
         assert lives.configs == [config]
     assert is_gone(lives.pids[0])
+
+
+async def test_an_engine_that_comes_again_serves_though_its_warm_up_does_not_end(
+    config: EngineConfig, lives: Lives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(gateway: Gateway, settings: Settings) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(supervisor, "try_to_warm_up", never)
+    monkeypatch.setattr(supervisor, "WARM_UP_SECONDS", 0.01)
+    watched = Watched(config, lives.command("ready,ready"))
+    async with watched:
+        os.kill(lives.pids[0], signal.SIGKILL)
+        assert (await watched.next()).client.alive
+
+
+async def test_an_engine_that_dies_while_it_warms_up_is_replaced(
+    config: EngineConfig, lives: Lives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def kill(gateway: Gateway, settings: Settings) -> None:
+        if len(lives.pids) == 2:
+            os.kill(lives.pids[1], signal.SIGKILL)
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(supervisor, "try_to_warm_up", kill)
+    watched = Watched(config, lives.command("ready,ready,ready"))
+    async with watched:
+        os.kill(lives.pids[0], signal.SIGKILL)
+        while not (await watched.next()).client.alive:
+            pass
+        assert len(lives.pids) == 3
 
 
 async def test_a_thousand_adapters_are_not_too_many(config: EngineConfig, lives: Lives) -> None:
