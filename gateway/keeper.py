@@ -37,6 +37,7 @@ class Keeper:
         self._file = file
         self._paths = paths  # --lora-paths
         self._writes = asyncio.Lock()
+        self._serving: dict[str, int] = {}  # upload -> the adapter_id that it was loaded as
         self._replaced: dict[int, str] = {}  # adapter_id that gave way to a load in place -> the upload it came from
         self._gone: collections.deque[int] = collections.deque(maxlen=REMEMBERED)  # adapter_ids that left the engine
 
@@ -57,6 +58,7 @@ class Keeper:
         try:
             if file is not None:
                 spool.open(state.uploads)
+                lora_state.sweep(file)
                 _write_first(file, state)
             yield cls(spool, state, file, settings.engine.lora_paths)
         finally:
@@ -74,9 +76,14 @@ class Keeper:
             lora_restored=tuple(self._restored(entry, preload) for entry in self.state.adapters),
         )
 
-    async def loaded(self, info: AdapterInfo, source: str, replaced: AdapterInfo | None = None) -> None:
-        """An adapter was loaded from `source`; `replaced` is what bore its name, whose running sequences may go on."""
+    async def loaded(self, info: AdapterInfo, source: str, before: AdapterInfo | None = None) -> None:
+        """An adapter was loaded from `source`; `before` bore its name when a load in place was asked for.
+
+        The running sequences of what it replaced may go on.
+        """
         token = self.spool.token_of(source)
+        if token is not None:
+            self._serving[token] = info.adapter_id
         entry = Loaded(
             name=info.name,
             source=source if token is None else None,
@@ -89,16 +96,17 @@ class Keeper:
         self.state = lora_state.with_loaded(self.state, entry, self._paths)
         await self._save()
         if old is not None and old.upload is not None and old.upload != token:
-            await self._drop_replaced(old.upload, info, replaced)
+            await self._drop_replaced(old.upload, info.adapter_id, before)
 
-    async def _drop_replaced(self, token: str, info: AdapterInfo, replaced: AdapterInfo | None) -> None:
+    async def _drop_replaced(self, token: str, successor: int, before: AdapterInfo | None) -> None:
         """The upload of a load that another took the place of stays while sequences may come back to it."""
-        left = replaced is None or replaced.adapter_id == info.adapter_id or replaced.adapter_id in self._gone
-        if left:
+        adapter_id = self._serving.pop(token, None)
+        if before is not None and self.spool.token_of(before.source) == token:
+            adapter_id = before.adapter_id  # as the engine that runs counts it
+        if adapter_id is None or adapter_id == successor or adapter_id in self._gone:
             await self._remove(token)
         else:
-            assert replaced is not None
-            self._replaced[replaced.adapter_id] = token
+            self._replaced[adapter_id] = token
 
     def removed(self, adapter_id: int) -> None:
         """The engine holds nothing of this adapter any more."""
@@ -110,6 +118,7 @@ class Keeper:
         """Another engine counts its adapters anew."""
         for token in self._replaced.values():
             self._remove_later(token)
+        self._serving.clear()
         self._replaced.clear()
         self._gone.clear()
 
@@ -119,7 +128,12 @@ class Keeper:
         self.state = lora_state.without(self.state, name, self._paths)
         await self._save()
         if old is not None and old.upload is not None:
+            self._serving.pop(old.upload, None)
             await self._remove(old.upload)
+
+    def holds(self, token: str) -> bool:
+        """Whether an upload is an adapter's source, or sequences may come back to it."""
+        return token in self.state.uploads or token in self._replaced.values()
 
     async def pinned(self, name: str, pinned: bool) -> None:
         """An adapter was pinned or unpinned."""
@@ -161,6 +175,8 @@ class Keeper:
 
 
 def _check_names(file: Path | None, state: State, base: str) -> None:
+    if len({entry.name for entry in state.adapters}) < len(state.adapters):
+        raise SettingsError(f"--lora-state {file}: two adapters bear one name; move the file away to start without it")
     for entry in state.adapters:
         problem = name_problem(entry.name, base)
         if problem is None and (entry.source is None) == (entry.upload is None):

@@ -4,6 +4,7 @@ Pure functions change a `State`; `read` and `write` are blocking. A file is repl
 """
 
 import contextlib
+import glob
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +14,7 @@ import msgspec
 from engine.config import LoraPath
 from gateway.lora_paths import Weight
 from gateway.settings import SettingsError
-from gateway.spool import new_token
+from gateway.spool import STAGING, TOKEN, new_token, sync
 
 Token = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Name = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9._/-]{1,128}\Z")]
@@ -117,7 +118,7 @@ def read(path: Path) -> State | None:
 
 def write(path: Path, state: State) -> None:
     """Replaces the file; a crash leaves the old one or the new one. Raises OSError."""
-    staged = path.with_name(f"{path.name}.{new_token()}.part")
+    staged = path.with_name(f"{path.name}.{new_token()}{STAGING}")
     try:
         with staged.open("xb") as file:
             file.write(msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n")
@@ -128,15 +129,15 @@ def write(path: Path, state: State) -> None:
         with contextlib.suppress(OSError):
             staged.unlink()
         raise
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sweep(path: Path) -> None:
+    """Removes what a server that died while it wrote left beside the file; the file is this server's alone."""
+    for staged in path.parent.glob(f"{glob.escape(path.name)}.*{STAGING}"):
+        if TOKEN.fullmatch(staged.name.removeprefix(f"{path.name}.").removesuffix(STAGING)):
+            with contextlib.suppress(OSError):
+                staged.unlink()
 
 
 def _with_change(state: State, change: Changed) -> State:

@@ -68,11 +68,11 @@ class Spool:
     def commit(self, staged: Path) -> str:
         """Makes what was staged last, and a source; its token."""
         for file in staged.iterdir():
-            _sync(file)
-        _sync(staged)
+            sync(file)
+        sync(staged)
         token = staged.name.removesuffix(STAGING)
         staged.rename(self.folder / token)
-        _sync(self.folder)
+        sync(self.folder)
         return token
 
     def path(self, token: str) -> Path:
@@ -118,9 +118,10 @@ class Spool:
 def _sweep_abandoned(root: Path) -> None:
     """Temporary spools whose server was killed: nobody holds their lock."""
     for folder in root.glob(f"{TEMPORARY}*"):
-        if (lock := _try_lock(folder / LOCK)) is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.close()
+        with contextlib.suppress(OSError):  # another user's, or its own server removes it just now
+            if (lock := _try_lock(folder / LOCK)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.close()
 
 
 @contextlib.contextmanager
@@ -142,8 +143,8 @@ def _try_lock(path: Path) -> BinaryIO | None:
     return file
 
 
-def _sync(path: Path) -> None:
-    """A power cut leaves what was synced."""
+def sync(path: Path) -> None:
+    """A power cut leaves what was synced, a file or a folder's entries. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -9,14 +9,14 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from engine.types import AdapterState, EngineError
+from engine.types import AdapterInfo, AdapterState, EngineError
 from gateway.disconnect import read_body
 from gateway.errors import ApiError, bad_request, from_engine
 from gateway.lora_paths import Weight, name_problem
 from gateway.models import is_served
 from gateway.protocol.parse import parse
 from gateway.routes.openai import gateway_of
-from gateway.state import Gateway
+from gateway.state import Engine, Gateway
 
 T = TypeVar("T", bound=msgspec.Struct)
 Name = Annotated[str, msgspec.Meta(min_length=1)]
@@ -152,17 +152,32 @@ def check_name(gateway: Gateway, name: str) -> None:
 
 async def load(gateway: Gateway, wanted: Wanted, source: str) -> None:
     """Returns when the adapter serves. Raises EngineError with the reason."""
-    before = gateway.client.adapters.get(wanted.name) if wanted.inplace else None
-    info = await gateway.client.load_adapter(
-        wanted.name,
-        source,
-        pinned=wanted.pinned,
-        revision=wanted.revision,
-        weight=wanted.weight,
-        inplace=wanted.inplace,
-        timeout=wanted.timeout,
-    )
-    await gateway.keeper.loaded(info, source, before)
+    before = gateway.client.adapters.get(wanted.name)
+    replaced = before if wanted.inplace else None
+    try:
+        info = await gateway.client.load_adapter(
+            wanted.name,
+            source,
+            pinned=wanted.pinned,
+            revision=wanted.revision,
+            weight=wanted.weight,
+            inplace=wanted.inplace,
+            timeout=wanted.timeout,
+        )
+    except EngineError:
+        if (left := loaded_nevertheless(gateway, wanted.name, source, before)) is not None:
+            await gateway.keeper.loaded(left, source, replaced)
+        raise
+    await gateway.keeper.loaded(info, source, replaced)
+
+
+def loaded_nevertheless(gateway: Gateway, name: str, source: str, before: AdapterInfo | None) -> AdapterInfo | None:
+    """What a load that failed left loaded: a pinned adapter stays on the host where it cannot come to the arena."""
+    left = gateway.client.adapters.get(name)
+    if left is None or left.source != source or not is_served(left):
+        return None
+    known = before is not None and (before.adapter_id, before.source) == (left.adapter_id, source)
+    return None if known else left
 
 
 def _wanted(gateway: Gateway, body: LoadAdapterRequest | VllmLoadAdapterRequest) -> Wanted:
@@ -172,8 +187,19 @@ def _wanted(gateway: Gateway, body: LoadAdapterRequest | VllmLoadAdapterRequest)
 
 async def _unload(gateway: Gateway, body: UnloadAdapterRequest | VllmUnloadAdapterRequest) -> None:
     timeout = UNLOAD_SECONDS if body.timeout is None else body.timeout
-    await gateway.client.unload_adapter(body.lora_name, timeout=timeout, force=bool(body.force))
+    try:
+        await gateway.client.unload_adapter(body.lora_name, timeout=timeout, force=bool(body.force))
+    except EngineError:
+        if _died_draining(gateway.client, body.lora_name):
+            await gateway.keeper.unloaded(body.lora_name)
+        raise
     await gateway.keeper.unloaded(body.lora_name)
+
+
+def _died_draining(engine: Engine, name: str) -> bool:
+    """Whether the engine died with this unload under way: the next one is started without the adapter."""
+    adapter = engine.adapters.get(name)
+    return not engine.alive and adapter is not None and adapter.state is AdapterState.DRAINING
 
 
 async def _do(

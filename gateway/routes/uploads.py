@@ -69,12 +69,9 @@ async def _upload(request: Request) -> None:
         await asyncio.to_thread(spool.discard, staged)
     try:
         await load(gateway, wanted, str(spool.path(token)))
-    except ApiError as error:
-        if error.code != "state_not_written":  # it is loaded nevertheless
-            await asyncio.to_thread(spool.remove, token)
-        raise
     except BaseException:
-        await asyncio.to_thread(spool.remove, token)
+        if not gateway.keeper.holds(token):  # it may be loaded, whatever failed after that
+            await asyncio.to_thread(spool.remove, token)
         raise
 
 

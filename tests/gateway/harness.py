@@ -6,6 +6,7 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
@@ -111,9 +112,9 @@ class SocketServer(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def serve(app: ASGIApp) -> AsyncIterator[str]:
-    """Runs the app behind a socket on the loopback interface; yields its address."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
+async def serve(app: ASGIApp, http: Any = "auto") -> AsyncIterator[str]:
+    """Runs the app behind a socket on the loopback interface; yields its address. `http`: uvicorn's protocol."""
+    config = uvicorn.Config(app, http=http, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
     server = SocketServer(config)
     task = asyncio.create_task(server.serve())
     await server.listening.wait()

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from engine.config import EngineConfig, LoraPath
+from engine.types import AdapterState, EngineError, ErrorCode
 from gateway import lora_state
 from gateway.keeper import Keeper
 from gateway.settings import Settings, SettingsError
@@ -93,6 +95,65 @@ def test_an_entry_without_a_source_is_refused(tmp_path: Path) -> None:
     lora_state.write(tmp_path / "state.json", state)
     with pytest.raises(SettingsError, match="has no source"), Keeper.open(settings(tmp_path)):
         pass
+
+
+def test_two_entries_of_one_name_are_refused(tmp_path: Path) -> None:
+    state = lora_state.with_loaded(lora_state.fresh(), lora_state.Loaded(name="a", source="s"), ())
+    lora_state.write(tmp_path / "state.json", msgspec.structs.replace(state, adapters=state.adapters * 2))
+    with pytest.raises(SettingsError, match="two adapters bear one name"), Keeper.open(settings(tmp_path)):
+        pass
+
+
+def test_what_a_server_that_died_while_it_wrote_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / f"state.json.{'0' * 32}.part"
+    others = [tmp_path / name for name in ("state.json.part", "other.json." + "0" * 32 + ".part")]
+    for path in (left, *others):
+        path.write_text("{")
+    with Keeper.open(settings(tmp_path)):
+        assert not left.exists()
+        assert all(path.exists() for path in others)
+
+
+async def test_an_unload_that_the_engine_did_not_survive_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine that is started instead does not have it, so nor may the next server."""
+
+    async def die(*args: Any, **kwargs: Any) -> None:
+        old = app.engine.adapters["a"]
+        app.engine.adapters["a"] = msgspec.structs.replace(old, state=AdapterState.DRAINING)
+        app.engine.alive = False
+        raise EngineError(ErrorCode.ENGINE_DEAD, "the engine stopped")
+
+    with Keeper.open(settings(tmp_path)) as keeper:
+        app = app_of(tmp_path, keeper)
+        async with app.client() as client:
+            await client.post("/load_lora_adapter", json={"lora_name": "a", "lora_path": "org/a"})
+            monkeypatch.setattr(app.engine, "unload_adapter", die)
+            response = await client.post("/unload_lora_adapter", json={"lora_name": "a"})
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_dead")
+        assert keeper.state.adapters == ()
+
+
+async def test_a_pin_that_came_too_late_leaves_an_adapter_that_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Keeper.open(settings(tmp_path)) as keeper:
+        app = app_of(tmp_path, keeper)
+        load = app.engine.load_adapter
+
+        async def late(*args: Any, **kwargs: Any) -> None:
+            await load(*args, **kwargs | {"pinned": False})
+            raise EngineError(ErrorCode.ADAPTER_UNAVAILABLE, "it is not pinned")
+
+        async with app.client() as client:
+            body = {"lora_name": "a", "lora_path": "org/a", "pinned": True}
+            monkeypatch.setattr(app.engine, "load_adapter", late)
+            assert (await client.post("/load_lora_adapter", json=body)).status_code == 503
+            assert [(entry.name, entry.pinned) for entry in keeper.state.adapters] == [("a", False)]
+            taken = await client.post("/load_lora_adapter", json=body | {"lora_name": "sql"})
+            assert taken.json()["error"]["code"] == "adapter_exists"
+            assert [entry.name for entry in keeper.state.adapters] == ["a"]
 
 
 def test_without_a_state_nothing_is_written(tmp_path: Path) -> None:

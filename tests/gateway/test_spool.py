@@ -83,6 +83,12 @@ def test_temporary_spools_end_with_their_server_or_with_the_next_one(tmp_path: P
     assert living.folder.name.startswith(TEMPORARY)
 
 
+def test_what_others_left_or_take_away_meanwhile_stops_nobody(tmp_path: Path) -> None:
+    (tmp_path / f"{TEMPORARY}file").touch()
+    (tmp_path / f"{TEMPORARY}link").symlink_to(tmp_path / "gone")
+    upload(opened(tmp_path, None))
+
+
 def test_a_temporary_spool_is_made_for_the_first_upload(tmp_path: Path) -> None:
     root = tmp_path / "root"
     spool = Spool(root)

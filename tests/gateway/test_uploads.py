@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from engine.types import AdapterInfo, EngineError, ErrorCode
+from gateway.malformed import HttpProtocol
 from gateway.multipart import FormReader
 from gateway.routes import uploads
 from gateway.spool import LOCK
@@ -271,8 +272,8 @@ async def test_who_may_upload(tmp_path: Path) -> None:
         assert (await client.get(PATH)).status_code == 200, "the list is open"
     keyed = app_with(tmp_path / "keyed", api_key="user", admin_api_key="boss")
     async with keyed.client(REMOTE) as client:
-        for header in ({}, {"authorization": "Bearer user"}):
-            client.headers = httpx.Headers(header)
+        for header in (httpx.Headers(), httpx.Headers({"authorization": "Bearer user"})):
+            client.headers = header
             assert (await upload(client, "new")).status_code == 401
         client.headers = httpx.Headers({"authorization": "Bearer boss"})
         assert (await upload(client, "new")).status_code == 200
@@ -280,6 +281,66 @@ async def test_who_may_upload(tmp_path: Path) -> None:
         assert refused.status_code == 403
         wrong = await client.post(PATH, json={"lora_name": "b"})
         assert wrong.status_code == 415
+
+
+@pytest.mark.parametrize(("keys", "origin", "status"), [({"admin_api_key": "boss"}, None, 401), ({}, "http://x", 403)])
+async def test_a_refusal_can_be_read_however_large_the_upload(
+    tmp_path: Path, keys: dict[str, str], origin: str | None, status: int
+) -> None:
+    """With clients that send the whole body before they read, over the server's own protocol; then it still serves."""
+    app = app_with(tmp_path, **keys)
+    async with serve(app.asgi, HttpProtocol) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
+        headers = {} if origin is None else {"origin": origin}
+        for _ in range(2):
+            large = {"data": {"lora_name": "new"}, "files": files(b"x" * 24 * 2**20), "headers": headers}
+            response = await client.post(PATH, **large)
+            assert response.status_code == status
+            assert response.json()["error"]["message"]
+        assert (await client.get("/health")).status_code == 200
+    assert not (tmp_path / "spool").exists()
+
+
+async def test_a_pinned_upload_that_does_not_reach_the_arena_keeps_its_files(
+    client: httpx.AsyncClient, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = app.engine.load_adapter
+
+    async def fail_late(*args: Any, **kwargs: Any) -> AdapterInfo:
+        await load(*args, **kwargs | {"pinned": False})
+        raise EngineError(ErrorCode.ADAPTER_UNAVAILABLE, "the copy failed")
+
+    monkeypatch.setattr(app.engine, "load_adapter", fail_late)
+    response = await upload(client, "new", pinned="true")
+    assert (response.status_code, response.json()["error_message"]) == (503, "the copy failed")
+    assert is_there(app.engine.adapters["new"]), "it is loaded, and comes back from there"
+    assert (await client.post("/unload_lora_adapter", json={"lora_name": "new"})).status_code == 200
+    assert spooled(tmp_path) == []
+
+
+async def test_two_uploads_at_once_that_replace_one_leave_each_its_files_while_they_may_be_needed(
+    client: httpx.AsyncClient, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await upload(client, "new", b"first")
+    versions = [app.engine.adapters["new"]]
+    turn, both = asyncio.Lock(), asyncio.Barrier(2)
+    load = app.engine.load_adapter
+
+    async def together(*args: Any, **kwargs: Any) -> AdapterInfo:
+        await both.wait()
+        async with turn:
+            versions.append(await load(*args, **kwargs))
+            return versions[-1]
+
+    monkeypatch.setattr(app.engine, "load_adapter", together)
+    await asyncio.gather(*(upload(client, "new", weights, load_inplace="1") for weights in (b"second", b"third")))
+    assert [is_there(version) for version in versions] == [True, True, True]
+    for version in versions[:2]:
+        app.asgi.state.gateway.keeper.removed(version.adapter_id)
+    async with asyncio.timeout(5):
+        while any(map(is_there, versions[:2])):  # noqa: ASYNC110 - a thread removes them
+            await asyncio.sleep(0.01)
+    assert is_there(versions[2])
+    assert len(spooled(tmp_path)) == 3
 
 
 async def test_without_lora_nothing_is_written(tmp_path: Path) -> None:
