@@ -114,6 +114,8 @@ export class Table {
     if (!row) this.#rows.set(card.name, (row = this.#newRow(card)));
     row.card = card;
     for (const column of VALUES) setText(row.texts[column.id], column.text(card));
+    setText(row.why, card.error ?? "");
+    row.why.hidden = !card.error;
     setAttribute(row.node, "data-state", card.state);
     setAttribute(row.node, "data-pinned", `${card.pinned}`);
     setAttribute(row.node, "data-busy", `${card.requests_running + card.requests_waiting > 0}`);
@@ -129,7 +131,8 @@ export class Table {
     const unload = make("button", { type: "button", className: "quiet", textContent: "Unload" });
     const meter = make("i", { className: "meter" });
     const texts = Object.fromEntries(VALUES.map((column) => [column.id, make("span")]));
-    const row = { card, ask, pin, meter, texts, node: make("tr", { role: "row" }) };
+    const why = make("p", { className: "why", hidden: true });
+    const row = { card, ask, pin, meter, texts, why, node: make("tr", { role: "row" }) };
     unload.setAttribute("aria-label", `Unload ${card.name}`);
     texts.name.title = card.modules.length ? `modules: ${card.modules.join(", ")}` : "";
     row.node.append(...COLUMNS.map((column) => this.#cell(column, row, unload)));
@@ -147,6 +150,7 @@ export class Table {
     else if (column.id === "actions") cell.append(row.pin, unload);
     else cell.append(row.texts[column.id]);
     if (column.id === "rate") cell.append(row.meter);
+    if (column.id === "state") cell.append(row.why);
     return cell;
   }
 

@@ -1,5 +1,6 @@
 """The live page in headless Chromium on a real server: figures, streams side by side, keyboard, colours, errors."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +32,17 @@ window.fetch = async (path, options) => {
     {...card, name: `${card.name}-${i}`, id: `${card.id}-${i}`})));
   return Response.json({object: 'list', data: many}, {headers: answer.headers});
 };
+"""
+REASON = "a tensor <b>that</b> binds to nothing: " + "base_model.model.layers.0.self_attn.q_proj.x" * 4
+FAILED = f"""
+const plain = window.fetch;
+window.fetch = async (path, options) => {{
+  const answer = await plain(path, options);
+  if (path !== 'v1/lora_adapters') return answer;
+  const {{data}} = await answer.json();
+  Object.assign(data[1], {{state: 'failed', error: {json.dumps(REASON)}}});
+  return Response.json({{object: 'list', data}}, {{headers: answer.headers}});
+}};
 """
 # Relative luminance and contrast as WCAG defines them, of an element's colour on the nearest background behind it.
 CONTRAST = """
@@ -228,6 +240,21 @@ def test_hundreds_of_adapters_stay_quick(browser: Browser, server: Server) -> No
         assert browser.text("#shown") == "111 of 600"
         assert browser.script(filtering, "") < 500
     finally:
+        browser.devtools("Page.removeScriptToEvaluateOnNewDocument", **injected)
+
+
+@pytest.mark.parametrize("width", [360, 1400])
+def test_why_a_load_failed_stands_in_its_row(browser: Browser, server: Server, width: int) -> None:
+    injected = browser.devtools("Page.addScriptToEvaluateOnNewDocument", source=FAILED)
+    browser.size(width, 1000)
+    try:
+        browser.open(server.url)
+        browser.until(lambda: browser.texts("#rows td.state p:not([hidden])") == [REASON])
+        assert browser.find("#rows tr[data-state='failed'] td.name").text == "lora1"
+        assert min(browser.script(CONTRAST, "#rows td.state p:not([hidden])")) >= 4.5
+        assert browser.script("return document.documentElement.scrollWidth") == width
+    finally:
+        browser.size(1400, 1000)
         browser.devtools("Page.removeScriptToEvaluateOnNewDocument", **injected)
 
 
