@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.e2e.conftest import Files
 from tests.e2e.server import Server, client_of, generate, load, names_of, refusal, serving, unload
@@ -30,6 +31,28 @@ async def cards(client: httpx.AsyncClient) -> dict[str, Any]:
     return {card["name"]: card for card in (await client.get(UPLOAD)).json()["data"]}
 
 
+async def test_an_upload_outlives_its_server_and_a_folders_adapter_comes_again(files: Files, tmp_path: Path) -> None:
+    """The short form of what follows."""
+    spool, folder = tmp_path / "spool", tmp_path / "adapters"
+    write_adapter(folder / "lying", files.model, rank=8, seed=1)
+    state = ("--lora-state", tmp_path / "state.json", "--lora-spool-dir", spool)
+    flags = (*files.flags, *state, "--lora-dir", folder)
+    with serving(tmp_path / "first", *flags, "--lora-preload", "lying") as server:
+        async with client_of(server) as client:
+            assert (await cards(client))["lying"]["tier"] == "host"
+            sent = await upload(client, "sent", files.rank64, pinned="true")
+            assert sent.json()["loaded_adapters"]["sent"] == "(uploaded)"
+            before = [await generate(client, "hello", name) for name in ("sent", "lying")]
+        assert server.stop() == 0
+    with serving(tmp_path / "second", *flags) as server:
+        async with client_of(server) as client:
+            assert names_of(await models(client)) == ["llama", "llama:sent"]
+            assert [await generate(client, "hello", name) for name in ("sent", "lying")] == before
+            await unload(client, "sent")
+            assert list(spool.glob("*/*/adapter_model.safetensors")) == []
+
+
+@pytest.mark.slow
 async def test_a_restart_serves_what_was_served(files: Files, tmp_path: Path) -> None:
     spool, state = tmp_path / "spool", tmp_path / "state.json"
     copy = write_adapter(tmp_path / "copy", files.model, rank=8, seed=9)
@@ -90,6 +113,7 @@ def test_a_corrupt_state_is_a_clear_error(files: Files, tmp_path: Path) -> None:
     assert "no state that loramux wrote" in told
 
 
+@pytest.mark.slow
 async def test_uploads_are_served_and_bad_ones_leave_nothing(files: Files, tmp_path: Path) -> None:
     spool = tmp_path / "spool"
     with serving(tmp_path / "log", *files.flags, "--enable-lora", "--lora-spool-dir", spool) as server:
@@ -111,6 +135,7 @@ async def test_uploads_are_served_and_bad_ones_leave_nothing(files: Files, tmp_p
         assert list(spool.glob("run-*")) == [], "without --lora-state uploads go with their server"
 
 
+@pytest.mark.slow
 async def test_adapters_of_a_folder_are_served_on_first_use(files: Files, tmp_path: Path) -> None:
     folder = tmp_path / "adapters"
     folder.mkdir()

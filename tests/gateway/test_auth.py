@@ -11,7 +11,7 @@ from gateway.app import all_routes
 from gateway.auth import is_loopback
 from gateway.routes import admin
 from gateway.settings import Settings
-from tests.gateway.app_harness import App, make_app
+from tests.gateway.app_harness import LOCAL, App, make_app
 from tests.gateway.fake_engine import FakeEngine
 
 REMOTE = ("192.0.2.7", 5000)
@@ -127,7 +127,7 @@ OWN_PAGE: tuple[dict[str, str], ...] = (
 
 async def test_with_an_admin_key_no_page_of_another_site_may_change_though_it_has_the_key(tmp_path: Path) -> None:
     app = app_with(tmp_path, admin_api_key="boss")
-    async with app.client(**bearer("boss")) as client:
+    async with app.client(LOCAL, **bearer("boss")) as client:
         for headers in OTHER_SITES:
             response = await client.post("/pin_lora_adapter", json={"lora_name": "sql"}, headers=headers)
             assert (response.status_code, response.json()["error"]["code"]) == (403, "origin_refused")

@@ -292,8 +292,8 @@ async def test_a_refusal_can_be_read_however_large_the_upload(
     async with serve(app.asgi, HttpProtocol) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
         headers = {} if origin is None else {"origin": origin}
         for _ in range(2):
-            large = {"data": {"lora_name": "new"}, "files": files(b"x" * 24 * 2**20), "headers": headers}
-            response = await client.post(PATH, **large)
+            large = files(b"x" * 24 * 2**20)
+            response = await client.post(PATH, data={"lora_name": "new"}, files=large, headers=headers)
             assert response.status_code == status
             assert response.json()["error"]["message"]
         assert (await client.get("/health")).status_code == 200
