@@ -6,7 +6,7 @@ bounds. With `patience` None nothing is ever kept for anybody.
 
 from collections.abc import Iterable
 
-from engine.adapters.catalog import Adapter
+from engine.adapters.adapter import Adapter
 from engine.roster import Roster
 from engine.sequence import Sequence, SequenceState
 

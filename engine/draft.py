@@ -3,7 +3,7 @@
 import enum
 from dataclasses import dataclass, field
 
-from engine.adapters.catalog import Adapter
+from engine.adapters.adapter import Adapter
 from engine.plan import AdapterLoad, Admission, SequenceStep, StepPlan
 from engine.sequence import Sequence
 

@@ -7,7 +7,7 @@ back, the lowest goes, and the clock moves on to where that one stood. Without, 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from engine.adapters.catalog import Adapter
+from engine.adapters.adapter import Adapter
 from engine.arena import Arena
 
 

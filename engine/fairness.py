@@ -6,7 +6,7 @@ waiting is lifted to the least of those that had, so that idleness saves nothing
 
 from collections.abc import Collection
 
-from engine.adapters.catalog import Adapter, Tally
+from engine.adapters.adapter import Adapter, Tally
 
 PROMPT_TOKEN = 1.0  # what a token adds; one that is generated takes a row of a step of its own
 GENERATED_TOKEN = 2.0

@@ -5,7 +5,7 @@ A copy is started for whoever comes first in the queue, never at the cost of an 
 
 from collections.abc import Collection
 
-from engine.adapters.catalog import Adapter
+from engine.adapters.adapter import Adapter
 from engine.adapters.residency import Residency
 from engine.ageing import LoadQueue, SlotQueue
 from engine.draft import MAX_AHEAD, Draft, PlanLimits

@@ -7,7 +7,7 @@ passed over; memory stops the queue, so that long prompts are not starved by sho
 from collections.abc import Collection
 from operator import attrgetter
 
-from engine.adapters.catalog import Adapter
+from engine.adapters.adapter import Adapter
 from engine.adapters.residency import Residency
 from engine.ageing import SlotQueue
 from engine.arena import Arena

@@ -5,7 +5,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from operator import attrgetter, itemgetter
 
-from engine.adapters.catalog import Adapter
+from engine.adapters.adapter import Adapter
 from engine.fairness import Shares
 from engine.sequence import Request, Sequence
 

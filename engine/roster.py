@@ -6,7 +6,7 @@ Every transition passes through here, so rows, slots, blocks and tallies always 
 import heapq
 from collections.abc import Iterable
 
-from engine.adapters.catalog import Adapter, Tally
+from engine.adapters.adapter import Adapter, Tally
 from engine.adapters.residency import Residency
 from engine.blocks import Blocks, Chain, chain_seed
 from engine.fairness import Shares

@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.adapters.catalog import Adapter, Catalog
+from engine.adapters.adapter import Adapter
+from engine.adapters.catalog import Catalog
 from engine.adapters.control import AdapterControl
 from engine.adapters.residency import Limits, Residency
 from engine.arena import Arena

@@ -3,7 +3,7 @@
 import enum
 from dataclasses import dataclass, field
 
-from engine.adapters.catalog import Adapter
+from engine.adapters.adapter import Adapter
 from engine.blocks import Chain
 from engine.messages import Submit
 from engine.types import SamplingParams

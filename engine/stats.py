@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import msgspec
 
-from engine.adapters.catalog import Adapter, Tally
+from engine.adapters.adapter import Adapter, Tally
 from engine.messages import AdapterStats, Stats
 from engine.types import AdapterState
 

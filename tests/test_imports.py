@@ -16,7 +16,8 @@ HEAVY = {"torch", "triton", "transformers", "peft", "safetensors"}
 GATEWAY_MAY = {"engine.types", "engine.config", "engine.messages", "engine.link", "engine.client"}
 WITHOUT_TORCH = (
     "types", "config", "messages", "link", "client", "plan", "scheduler", "blocks", "arena", "sequence", "geometry",
-    "memory", "planner", "queue", "roster", "slots", "stats", "adapters.catalog", "adapters.residency",
+    "memory", "planner", "queue", "roster", "slots", "stats", "adapters.adapter", "adapters.catalog",
+    "adapters.residency",
 )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ It decides and accounts; reading sources, host pages and copies to the device ar
 
 from collections.abc import Iterable
 
-from engine.adapters.catalog import Adapter, Catalog, Hosted
+from engine.adapters.adapter import Adapter, Hosted
+from engine.adapters.catalog import Catalog
 from engine.adapters.reasons import public_reason
 from engine.adapters.residency import Residency
 from engine.blocks import Chain, chain_seed

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engine.adapters.catalog import Hosted
+from engine.adapters.adapter import Hosted
 from engine.adapters.control import AdapterControl
 from engine.adapters.host import HostTier
 from engine.adapters.hub import Hub

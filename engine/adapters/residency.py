@@ -8,7 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from engine.adapters.catalog import Adapter, Hosted
+from engine.adapters.adapter import Adapter, Hosted
 from engine.arena import Arena, ChunkUse
 from engine.eviction import EvictionClock
 from engine.plan import AdapterLoad

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from engine.adapters.catalog import Hosted
+from engine.adapters.adapter import Hosted
 from engine.adapters.residency import HostFullError
 from engine.arena import ChunkUse
 from engine.messages import RequestFailed, SequenceOutput, Submit

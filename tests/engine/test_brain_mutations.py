@@ -52,7 +52,7 @@ def resumed_sequences_speak_again(patch: pytest.MonkeyPatch) -> None:
 
 
 def unready_adapters_are_planned(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("engine.adapters.catalog.Adapter.ready", property(lambda self: bool(self.chunks)))
+    patch.setattr("engine.adapters.adapter.Adapter.ready", property(lambda self: bool(self.chunks)))
 
 
 def reported_positions_are_forgotten(patch: pytest.MonkeyPatch) -> None:

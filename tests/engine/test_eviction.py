@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.adapters.catalog import Adapter
+from engine.adapters.adapter import Adapter
 from engine.arena import Arena
 from engine.eviction import Costs, EvictionClock, estimated_costs
 from tests.engine.simulated import Driver, small_config

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from engine.adapters.catalog import Adapter, Tally
+from engine.adapters.adapter import Adapter, Tally
 from engine.fairness import Shares
 from tests.engine.simulated import Driver, small_config
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from engine.adapters.catalog import Adapter
+from engine.adapters.adapter import Adapter
 from engine.blocks import Chain
 from engine.messages import Submit
 from engine.queue import WaitingQueue, by_priority, first_come_first_served, queue_order

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.adapters.catalog import Adapter
+from engine.adapters.adapter import Adapter
 from engine.draft import MAX_AHEAD
 from engine.messages import Event, RequestFailed, SequenceOutput, StepOutputs, Submit
 from engine.plan import AdapterLoad, SequenceStep, StepPlan, StepResult

@@ -2,7 +2,8 @@
 
 import pytest
 
-from engine.adapters.catalog import Adapter, Catalog
+from engine.adapters.adapter import Adapter
+from engine.adapters.catalog import Catalog
 from engine.types import AdapterState, EngineError, ErrorCode
 
 

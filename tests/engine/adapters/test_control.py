@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.adapters.catalog import Hosted
+from engine.adapters.adapter import Hosted
 from engine.adapters.control import LOAD_ERROR_SECONDS
 from engine.adapters.residency import HostFullError
 from engine.types import AdapterState, EngineError, ErrorCode, FinishReason

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.adapters.catalog import Adapter, Hosted
+from engine.adapters.adapter import Adapter, Hosted
 from engine.adapters.residency import HostFullError, Limits, Residency
 from engine.arena import Arena
 from engine.slots import Slots
