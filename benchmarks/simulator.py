@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from engine.adapters.catalog import Adapter, Hosted
+from engine.adapters.adapter import Adapter, Hosted
 from engine.arena import Arena
 from engine.eviction import Costs, EvictionClock
 from engine.messages import Submit
