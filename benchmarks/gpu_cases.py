@@ -79,8 +79,11 @@ class Bench:
         self.worker.drop(adapter_id)
         self._free.extend(chunks)
 
-    def decodes(self, batch: int, context: int, steps: int, adapters: int) -> list[StepPlan]:
-        """Plans of `steps` decode steps; the context, of what the cache holds, grows from the given one on."""
+    def decodes(self, batch: int, context: int, steps: int, adapters: int, *, keep: bool = False) -> list[StepPlan]:
+        """Plans of `steps` decode steps; the context, of what the cache holds, grows from the given one on.
+
+        Plans made later take the same blocks and write into them, unless these keep theirs.
+        """
         size = self.worker.info.geometry.block_tokens
         blocks = [[self._free.pop() for _ in range(-(-(context + steps) // size))] for _ in range(batch)]
         slots = sorted((i % adapters if adapters else -1 for i in range(batch)), reverse=False)
@@ -100,7 +103,7 @@ class Bench:
                 for i in range(batch)
             )  # fmt: skip
             plans.append(self._plan(admissions, sequences))
-        for own in blocks:
+        for own in () if keep else blocks:
             self._free.extend(own)
         return plans
 

@@ -4,47 +4,8 @@ The product that follows then starts at the cache's speed, not at memory's. Fetc
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from kernels.launch import cdiv, require
-
-WARP = 32  # threads, each of which fetches a piece
-
-
-@dataclass(frozen=True, slots=True)
-class Ahead:
-    """Pieces of a weight: `count` of `width` bytes each, `stride` bytes apart, from its first byte on."""
-
-    weight: Tensor
-    count: int
-    width: int
-    stride: int
-
-    def programs(self, warps: int) -> int:
-        """Programs of so many warps that fetch it all."""
-        return cdiv(self.count, WARP * warps)
-
-
-def ahead_arguments(ahead: Ahead | None, other: Tensor) -> tuple[Tensor, int, int, int]:
-    """A kernel's arguments; where nothing is fetched, any tensor stands for the weight."""
-    return (other, 0, 0, 0) if ahead is None else (ahead.weight, ahead.count, ahead.width, ahead.stride)
-
-
-def rows_ahead(weight: Tensor, size: int, width: int = 1024) -> Ahead:
-    """The first `size` bytes: the first output features whole."""
-    total = min(size, weight.numel() * weight.element_size())
-    return Ahead(weight, total // width, width, width)
-
-
-def columns_ahead(weight: Tensor, size: int) -> Ahead:
-    """About `size` bytes: the first input features of every output feature."""
-    require(weight.is_contiguous(), "the weight must be contiguous")
-    row = weight.shape[1] * weight.element_size()
-    return Ahead(weight, weight.shape[0], min(row, max(128, size // weight.shape[0] // 128 * 128)), row)
 
 
 @triton.jit

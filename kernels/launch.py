@@ -57,8 +57,13 @@ class ShrinkTiles:
 
 
 def shrink_splits(tokens: int, group: LoraGroup) -> int:
-    """Parts of the inner dimension at decode: more keep an idle device busier, and make expand read more."""
-    return 8 if 4 < tokens <= 48 else 4
+    """Parts of the inner dimension at decode: more keep an idle device busier, and make expand read more.
+
+    So expands of few columns (o, down) bear more than those of many.
+    """
+    if tokens <= 4 or len(group.features) > 1:
+        return 4
+    return 16 if tokens <= 48 and group.inner > 8192 else 8
 
 
 def shrink_tiles(bounds: LoraBounds, group: LoraGroup, itemsize: int) -> ShrinkTiles:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import cdiv, dependent, expand_tiles, multiprocessors, require, require_rows, shrink_tiles
+from kernels.launch import cdiv, expand_tiles, multiprocessors, require, require_rows, shrink_tiles
 from kernels.layout import piece_unit
 from kernels.lora_meta import ITEM_INTS, LORA_ITEMS, LORA_MODULES, LoraGroup, LoraMeta
 
@@ -49,20 +49,6 @@ def _unit(
     )
 
 
-@triton.jit
-def add_delta(acc, arena, z, entry, column, row_mask, size, UNIT: tl.constexpr):
-    """acc + z @ B.T of one module; z: pointers to the rows' first 16 products."""
-    r = tl.arange(0, 16)
-    rank = tl.load(entry)
-    for block in range(tl.cdiv(rank, 16)):
-        width = tl.multiple_of(tl.minimum(rank - block * 16, 16), 8)
-        b = arena + tl.load(entry + 1 + block).to(tl.int64) * UNIT + column[:, None] * width + r[None, :]
-        bb = tl.load(b, mask=(column < size)[:, None] & (r < width)[None, :], other=0.0)
-        zz = tl.load(z[:, None] + block * 16 + r[None, :], mask=row_mask[:, None], other=0.0)
-        acc = tl.dot(zz.to(bb.dtype), tl.trans(bb), acc, input_precision="ieee")
-    return acc
-
-
 @triton.jit(do_not_specialize=["first"])
 def _expand(
     y,
@@ -88,7 +74,6 @@ def _expand(
     BN: tl.constexpr,
     SPLITS: tl.constexpr,
     ADD: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """One unit: BM rows of one item, BN output columns of one module, every rank.
 
@@ -105,8 +90,6 @@ def _expand(
         start, start >= 0, items, desc, first, desc_stride, blocks, out0, out1, tiles0, tiles1, tiles, ITEM_INTS, BN
     )
     total = tl.load(counts + ITEMS) * tiles
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     for index in range(start, total, tl.num_programs(0)):
         size = tl.where(module == 0, out0, tl.where(module == 1, out1, out2)) - column
         row_mask = (i < rows)[:, None]
@@ -136,9 +119,7 @@ def _expand(
         )  # fmt: skip
 
 
-def lora_expand(
-    y: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: LoraGroup, *, add: bool, pdl: bool = False
-) -> None:
+def lora_expand(y: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: LoraGroup, *, add: bool) -> None:
     """Finish the product that lora_shrink of the same group began in meta.z.
 
     y: [tokens, sum(features)], rows contiguous, in the arena's dtype: the base product (add) or a delta buffer, whose
@@ -176,8 +157,6 @@ def lora_expand(
         BN=tiles.columns,
         SPLITS=shrink_tiles(meta.bounds, group, y.element_size()).splits,
         ADD=add,
-        PDL=pdl,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        **dependent(pdl),
     )

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import cdiv, require
-from kernels.lora_meta import LORA_WORK, SHRINK_INTS, WORK_INTS, LoraMeta
+from kernels.lora_meta import LORA_WORK, WORK_INTS, LoraMeta
 
 
 @triton.jit
@@ -24,7 +24,6 @@ def _gather(
     blocks,
     WORK: tl.constexpr,
     WORK_INTS: tl.constexpr,
-    SHRINK_INTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     unit = tl.program_id(0)
@@ -39,10 +38,9 @@ def _gather(
         piece = pieces + ((slot * modules + m) * 2) * blocks + block
         a = tl.load(piece, mask=real & (here > 0), other=-1)
         b = tl.load(piece + blocks, mask=real & (here > 0), other=-1)
-        a_out = shrink_desc + (tl.cast(unit, tl.int64) * modules + m) * SHRINK_INTS
+        a_out = shrink_desc + (tl.cast(unit, tl.int64) * modules + m) * 2
         tl.store(a_out, a, mask=real)
         tl.store(a_out + 1, here, mask=real)
-        tl.store(a_out + 2, b, mask=real)
         b_out = expand_desc + (item * modules + m) * (1 + blocks)
         tl.store(b_out, rank, mask=m < tl.where(block == 0, modules, 0))
         tl.store(b_out + 1 + block, b, mask=real)
@@ -54,7 +52,7 @@ def lora_gather(meta: LoraMeta, pieces: Tensor, ranks: Tensor) -> None:
     pieces: [slots, layers, 7, 2, max_rank_blocks] int32; ranks: [slots, layers, 7] int32.
 
     Semantics, for each unit of work u of slot s, rank block b and item i, and each layer and module lm:
-    shrink_desc[u, lm] = (pieces[s, lm, 0, b], min(16, ranks[s, lm] - 16 b) or 0, pieces[s, lm, 1, b]);
+    shrink_desc[u, lm] = (pieces[s, lm, 0, b], min(16, ranks[s, lm] - 16 b) or 0);
     expand_desc[i, lm, 0] = ranks[s, lm]; expand_desc[i, lm, 1 + b] = pieces[s, lm, 1, b].
     """
     require(pieces.is_contiguous() and ranks.is_contiguous(), "the tables must be contiguous")
@@ -71,6 +69,5 @@ def lora_gather(meta: LoraMeta, pieces: Tensor, ranks: Tensor) -> None:
         meta.bounds.rank_blocks,
         WORK=LORA_WORK,
         WORK_INTS=WORK_INTS,
-        SHRINK_INTS=SHRINK_INTS,
         BLOCK=block,
     )

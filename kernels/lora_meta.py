@@ -22,7 +22,6 @@ LORA_WORK, LORA_ITEMS, LORA_ROWS, PREFILL_ITEMS, DECODE_ITEMS, DECODE_SEQUENCES 
 HEADER = 8
 WORK_INTS = 8  # first row, rows, slot, rank block, item, 0, 0, 0
 ITEM_INTS = 4  # first row, rows, slot, 0
-SHRINK_INTS = 4  # offset of A's piece, its ranks (0: nothing to do), offset of B's piece, 0
 LORA_MODULES = 7
 DECODE_TILE = 16  # rows of a work item in small steps
 ALIGN = 4  # int32 elements; every field starts at a multiple of 16 bytes
@@ -121,7 +120,7 @@ class LoraMeta:
     counts: Tensor  # [HEADER] int32
     items: Tensor  # [items, ITEM_INTS] int32
     work: Tensor  # [work, WORK_INTS] int32
-    shrink_desc: Tensor  # [work, layers * 7, SHRINK_INTS] int32
+    shrink_desc: Tensor  # [work, layers * 7, 2] int32: offset of A's piece, its ranks (0: nothing to do)
     expand_desc: Tensor  # [items, layers * 7, 1 + rank_blocks] int32: rank, offsets of B's pieces
     z: Tensor  # [elements] float32: shrink's partial products, [splits, tokens, modules, max_rank] in each launch
 
@@ -144,7 +143,7 @@ class LoraWorkspace:
             return torch.zeros(size, dtype=torch.int32, device=device)
 
         return cls(
-            ints(max(b.work for b in buckets) * layers * LORA_MODULES * SHRINK_INTS),
+            ints(max(b.work for b in buckets) * layers * LORA_MODULES * 2),
             ints(max(b.items * (1 + b.rank_blocks) for b in buckets) * layers * LORA_MODULES),
             torch.zeros(max(z_elements(b) for b in buckets), dtype=torch.float32, device=device),
         )
@@ -152,8 +151,7 @@ class LoraWorkspace:
     def meta(self, bounds: LoraBounds, fields: dict[str, Tensor], layers: int) -> LoraMeta:
         """A bucket's metadata over this scratch; `fields` are the device views of its packed layout."""
         modules = layers * LORA_MODULES
-        size = bounds.work, modules, SHRINK_INTS
-        shrink = self.shrink_desc[: prod(size)].view(size)
+        shrink = self.shrink_desc[: bounds.work * modules * 2].view(bounds.work, modules, 2)
         row = 1 + bounds.rank_blocks
         expand = self.expand_desc[: bounds.items * modules * row].view(bounds.items, modules, row)
         return LoraMeta(bounds, fields["counts"], fields["lora_items"], fields["lora_work"], shrink, expand, self.z)

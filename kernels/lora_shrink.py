@@ -5,10 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fetch import WARP, fetch
 from kernels.launch import cdiv, multiprocessors, power_of_two, require, require_rows, shrink_tiles
 from kernels.layout import piece_unit
-from kernels.lora_meta import LORA_MODULES, LORA_WORK, SHRINK_INTS, WORK_INTS, LoraGroup, LoraMeta
+from kernels.lora_meta import LORA_MODULES, LORA_WORK, WORK_INTS, LoraGroup, LoraMeta
 
 PROGRAMS_EACH = 8  # programs a multiprocessor; units of work beyond that are taken in turns
 
@@ -23,7 +22,6 @@ def _unit(
     desc_stride,
     modules: tl.constexpr,
     WORK_INTS: tl.constexpr,
-    SHRINK_INTS: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -31,7 +29,7 @@ def _unit(
     """What a unit's program needs: its modules (by column), their pieces and ranks, first row, rows, rank block."""
     unit = index // (GROUPS * SPLITS)
     module = (index // SPLITS) % GROUPS * WIDTH + tl.arange(0, 16 * WIDTH) // 16
-    entry = desc + tl.cast(unit, tl.int64) * desc_stride + (first + module) * SHRINK_INTS
+    entry = desc + tl.cast(unit, tl.int64) * desc_stride + (first + module) * 2
     real = module < tl.where(mask, modules, 0)
     head = work + unit * WORK_INTS
     return (
@@ -42,32 +40,6 @@ def _unit(
         tl.load(head + 1, mask=mask, other=0),
         tl.load(head + 3, mask=mask, other=0),
     )
-
-
-@triton.jit
-def _fetch_b(
-    index,
-    ranks,
-    arena,
-    desc,
-    first,
-    desc_stride,
-    features0,
-    features1,
-    UNIT: tl.constexpr,
-    SHRINK_INTS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """This split's share of the piece of B that expand takes next. All modules but the first have features1."""
-    module = (index // SPLITS) % GROUPS
-    unit = index // (GROUPS * SPLITS)
-    entry = desc + tl.cast(unit, tl.int64) * desc_stride + (first + module) * SHRINK_INTS
-    b = arena + tl.load(entry + 2).to(tl.int64) * UNIT
-    bytes = ranks * tl.where(module == 0, features0, features1) * (256 // UNIT)
-    for program in range(index % SPLITS, tl.cdiv(bytes, 256 * LANES), SPLITS):
-        fetch(b, program, bytes // 256, 256, 256, LANES)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -84,19 +56,15 @@ def _shrink(
     desc_stride,
     z_split,
     max_rank,
-    features0,
-    features1,
     modules: tl.constexpr,
     UNIT: tl.constexpr,
     WORK: tl.constexpr,
     WORK_INTS: tl.constexpr,
-    SHRINK_INTS: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
-    LANES: tl.constexpr,
 ):
     """One unit: BM rows of one item, one rank block of WIDTH modules, one part of the inner dimension.
 
@@ -107,18 +75,12 @@ def _shrink(
     k = tl.arange(0, BK)
     start = tl.program_id(0)
     module, offset, ranks, row, rows, block = _unit(
-        start, start >= 0, work, desc, first, desc_stride, modules, WORK_INTS, SHRINK_INTS, GROUPS, WIDTH, SPLITS
+        start, start >= 0, work, desc, first, desc_stride, modules, WORK_INTS, GROUPS, WIDTH, SPLITS
     )
     total = tl.load(counts + WORK) * (GROUPS * SPLITS)
     for index in range(start, total, tl.num_programs(0)):
         split = index % SPLITS
-        most = tl.max(ranks, 0)
-        if most > 0:
-            if LANES:
-                _fetch_b(
-                    index, most, arena, desc, first, desc_stride, features0, features1,
-                    UNIT, SHRINK_INTS, GROUPS, SPLITS, LANES,
-                )  # fmt: skip
+        if tl.max(ranks, 0) > 0:
             x_rows = x + (row + i)[:, None] * x_stride
             a_rows = arena + (offset * UNIT + r * inner)[:, None]
             row_mask = (i < rows)[:, None]
@@ -134,18 +96,15 @@ def _shrink(
             tl.store(out, acc, mask=row_mask & (ranks > 0)[None, :])
         after = index + tl.num_programs(0)
         module, offset, ranks, row, rows, block = _unit(
-            after, after < total, work, desc, first, desc_stride, modules, WORK_INTS, SHRINK_INTS, GROUPS, WIDTH, SPLITS
+            after, after < total, work, desc, first, desc_stride, modules, WORK_INTS, GROUPS, WIDTH, SPLITS
         )
 
 
-def lora_shrink(
-    x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: LoraGroup, *, fetch_b: bool = False
-) -> None:
+def lora_shrink(x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: LoraGroup) -> None:
     """Partial products of a group's modules.
 
     x: [tokens, in], rows contiguous; arena: [num_chunks, chunk_elements] in x's dtype. Writes meta.z, which lora_expand
-    of the same group reads; the next shrink overwrites it. fetch_b: what expand reads is fetched into the second-level
-    cache meanwhile, which changes no result.
+    of the same group reads; the next shrink overwrites it.
 
     Semantics: with row t in an item of slot s, sum_split z[split, t, m, r] = sum_k x[t, k] * A[s, layer, m][r, k]
     for r below the rank rounded up to 16; rows of the base and modules without an adapter are not written.
@@ -158,7 +117,6 @@ def lora_shrink(
     width = power_of_two(modules) if tiles.merged else 1
     groups = cdiv(modules, width)
     programs = meta.bounds.items * groups * tiles.splits
-    fetches = fetch_b and width == 1 and len(set(group.features[1:])) <= 1
     _shrink[(min(programs, PROGRAMS_EACH * multiprocessors(x.device)),)](
         x,
         arena,
@@ -172,19 +130,15 @@ def lora_shrink(
         meta.shrink_desc.stride(0),
         meta.bounds.tokens * modules * meta.max_rank,
         meta.max_rank,
-        group.features[0],
-        group.features[-1],
         modules,
         UNIT=piece_unit(arena.element_size()),
         WORK=LORA_WORK,
         WORK_INTS=WORK_INTS,
-        SHRINK_INTS=SHRINK_INTS,
         GROUPS=groups,
         WIDTH=width,
         BM=meta.bounds.tile,
         BK=tiles.inner,
         SPLITS=tiles.splits,
-        LANES=WARP * tiles.warps if fetches else 0,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )

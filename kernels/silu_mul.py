@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fetch import WARP, Ahead, ahead_arguments, fetch
+from kernels.ahead import WARP, Ahead, ahead_arguments
+from kernels.fetch import fetch
 from kernels.launch import cdiv, dependent, require, require_rows
 from kernels.lora_meta import LORA_ROWS
 

@@ -11,21 +11,19 @@ from torch import Tensor
 
 from engine.models.config import ModelConfig
 from engine.models.device_weights import DecoderWeights, LayerWeights, Linear
-from engine.models.overlap import MOST_TOKENS, NOTHING, OFF, LayerAhead, Overlap, plan_ahead
+from engine.models.overlap import NOTHING, LayerAhead, Overlap, default_overlap, plan_ahead
 from engine.worker.accelerator import Accelerator
+from kernels.ahead import Ahead
 from kernels.attention_decode import decode_attention
 from kernels.attention_meta import AttentionMeta
 from kernels.attention_prefill import prefill_attention
-from kernels.fetch import Ahead
 from kernels.layout import KvLayout
 from kernels.lora_expand import lora_expand
-from kernels.lora_meta import DECODE_TILE, LoraGroup, LoraMeta
+from kernels.lora_meta import LoraGroup, LoraMeta
 from kernels.lora_shrink import lora_shrink
 from kernels.norm import add_rms_norm, rms_norm
-from kernels.norm_expand import add_rms_norm_expand
 from kernels.rotary import rotary_store
 from kernels.silu_mul import silu_mul
-from kernels.silu_mul_expand import silu_mul_expand
 from kernels.step_input import embed
 
 
@@ -95,12 +93,13 @@ class DeviceDecoder:
         self._gate_up = LoraGroup(4, dims.hidden, (dims.intermediate, dims.intermediate))
         self._down = LoraGroup(6, dims.intermediate, (dims.hidden,))
         self._window_layers = config.sliding_layers or (False,) * dims.layers
-        self.overlap(OFF)
+        self.overlap(default_overlap(accelerator.device))
 
     def overlap(self, overlap: Overlap) -> None:
         """From the next launch or capture on."""
-        self._wanted = overlap
-        self._ahead = plan_ahead(self._weights, overlap)
+        self._overlap = overlap
+        self._pdl = overlap.pdl  # of the step that is being launched
+        self._ahead = plan_ahead(self._weights, overlap.fetch)
 
     def use(self, arena: Tensor) -> None:
         """Keys, values and adapters are in this arena from now on."""
@@ -113,9 +112,9 @@ class DeviceDecoder:
         embed(residual, weights.embed, step.ids, self._last_token)
         rms_norm(hidden, residual, weights.layers[0].attention_norm, self._config.norm_eps)
         following = [layer.attention_norm for layer in weights.layers[1:]]
-        self._now = self._wanted if rows <= MOST_TOKENS else OFF
+        self._pdl, fetches = self._overlap.dependent(rows), self._overlap.fetches(rows)
         for index, (layer, norm) in enumerate(zip(weights.layers, [*following, weights.norm], strict=True)):
-            ahead = self._ahead[index] if rows <= MOST_TOKENS else NOTHING
+            ahead = self._ahead[index] if fetches else NOTHING
             self._attend(index, layer, step, hidden, ahead)
             self._add(index, self._o, layer.o, buffers.mixed[:rows], step, layer.mlp_norm, ahead.gate_up)
             self._feed_forward(index, layer, step, hidden, ahead)
@@ -129,10 +128,6 @@ class DeviceDecoder:
         else:
             torch.mm(hidden, head, out_dtype=torch.float32, out=out)
 
-    def _pdl(self, delta: Tensor | None) -> bool:
-        """Of the kernel that follows a product, and perhaps a delta beside it."""
-        return self._now.pdl if delta is None else self._now.pdl_joined
-
     def _attend(self, index: int, layer: LayerWeights, step: StepTensors, hidden: Tensor, ahead: LayerAhead) -> None:
         """Projects, rotates, stores and attends; the result is in `buffers.mixed`."""
         rows, kv, buffers = hidden.shape[0], self._kv, self.buffers
@@ -142,27 +137,23 @@ class DeviceDecoder:
         counts = None if delta is None else step.attention.counts
         rotary_store(
             query, qkv, self._arena, kv, index, step.positions, step.locations, self._table,
-            delta=delta, counts=counts, norms=norms, ahead=ahead.o, pdl=self._pdl(delta),
+            delta=delta, counts=counts, norms=norms, ahead=ahead.o, pdl=self._pdl,
         )  # fmt: skip
         sliding = self._window_layers[index]
         meta = step.windowed if sliding else step.attention
         if step.prefill:
             window = self._config.sliding_window or 0 if sliding else 0
             prefill_attention(out, query, self._arena, kv, index, meta, self._scale, window)
-        decode_attention(out, query, self._arena, kv, index, meta, self._scale, self._now.pdl)
+        decode_attention(out, query, self._arena, kv, index, meta, self._scale, self._pdl)
 
     def _feed_forward(
         self, index: int, layer: LayerWeights, step: StepTensors, hidden: Tensor, ahead: LayerAhead
     ) -> None:
         rows, buffers = hidden.shape[0], self.buffers
         gate_up = buffers.gate_up[:rows]
-        if step.lora is not None and step.lora.bounds.tile > DECODE_TILE and self._wanted.expand_inside:
-            self._product(index, self._gate_up, layer.gate_up, hidden, gate_up, step.lora, expand=False)
-            silu_mul_expand(buffers.active[:rows], gate_up, self._arena, step.lora, index, self._gate_up)
-            return
         delta = self._product(index, self._gate_up, layer.gate_up, hidden, gate_up, step.lora)
         counts = None if delta is None else step.attention.counts
-        silu_mul(buffers.active[:rows], gate_up, delta=delta, counts=counts, ahead=ahead.down, pdl=self._pdl(delta))
+        silu_mul(buffers.active[:rows], gate_up, delta=delta, counts=counts, ahead=ahead.down, pdl=self._pdl)
 
     def _add(
         self,
@@ -177,39 +168,23 @@ class DeviceDecoder:
         """The residual takes a product in, and the next norm is taken of it."""
         rows = x.shape[0]
         residual, hidden = self.buffers.residual[:rows], self.buffers.hidden[:rows]
-        if step.lora is not None and step.lora.bounds.tile > DECODE_TILE and self._wanted.norm_inside:
-            self._product(index, group, linear, x, hidden, step.lora, expand=False)
-            eps = self._config.norm_eps
-            add_rms_norm_expand(hidden, residual, hidden, norm, eps, self._arena, step.lora, index, group)
-            return
         delta = self._product(index, group, linear, x, hidden, step.lora)
         counts = None if delta is None else step.attention.counts
         add_rms_norm(
             hidden, residual, hidden, norm, self._config.norm_eps,
-            delta=delta, counts=counts, ahead=ahead, pdl=self._pdl(delta),
+            delta=delta, counts=counts, ahead=ahead, pdl=self._pdl,
         )  # fmt: skip
 
     def _product(
-        self,
-        index: int,
-        group: LoraGroup,
-        linear: Linear,
-        x: Tensor,
-        out: Tensor,
-        lora: LoraMeta | None,
-        expand: bool = True,
+        self, index: int, group: LoraGroup, linear: Linear, x: Tensor, out: Tensor, lora: LoraMeta | None
     ) -> Tensor | None:
-        """out = x @ weight.T (+ bias); the adapters' delta, which the next op adds, is computed beside it.
-
-        Without `expand`, the next op expands what shrink left.
-        """
+        """out = x @ weight.T (+ bias); the adapters' delta, which the next op adds, is computed beside it."""
         delta = None
         if lora is not None:
             delta = self.buffers.delta(*out.shape)
             with self._accelerator.beside():
-                lora_shrink(x, self._arena, lora, index, group, fetch_b=self._now.fetch_b)
-                if expand:
-                    lora_expand(delta, self._arena, lora, index, group, add=False, pdl=self._now.expand_pdl)
+                lora_shrink(x, self._arena, lora, index, group)
+                lora_expand(delta, self._arena, lora, index, group, add=False)
         if linear.bias is None:
             torch.mm(x, linear.weight.t(), out=out)
         else:

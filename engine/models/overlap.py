@@ -1,6 +1,6 @@
 """What a step of few tokens overlaps: weights fetched ahead by the kernels before, launches that do not wait in line.
 
-Nothing of it changes a result. Used by the device decoder.
+Nothing of it changes a result. Used by the device decoder; what each is worth is in docs/performance.md.
 """
 
 from collections.abc import Sequence
@@ -10,35 +10,34 @@ import torch
 from torch import Tensor
 
 from engine.models.device_weights import DecoderWeights
-from kernels.fetch import Ahead, columns_ahead, rows_ahead
+from kernels.ahead import Ahead, rows_ahead
 
 MIB = 1 << 20
-MOST_TOKENS = 256  # of a step that overlaps; larger ones are bound by products
+PDL_TOKENS = 256  # of a step whose launches overlap; larger ones are bound by products
 
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
     """Switches, for tests and for finding out what each is worth."""
 
-    qkv: int = 8 * MIB  # bytes of the weight that are fetched while the kernel before the product runs
-    o: int = 8 * MIB
-    gate_up: int = 8 * MIB
-    down: int = 8 * MIB
-    columns: bool = False  # of every output feature the first inputs, else the first output features
+    fetch: int = 4 * MIB  # bytes of each weight that are fetched while the kernel before its product runs
+    fetch_tokens: int = 16  # of the largest step that fetches: beyond, attention wants the memory and the cache itself
     pdl: bool = True  # a kernel may start before the one ahead of it has ended
-    pdl_joined: bool = True  # the same where the kernel ahead is two: the product and the delta
-    expand_pdl: bool = True
-    fetch_b: bool = True  # shrink fetches what expand reads
-    expand_inside: bool = True  # in large steps SiLU-and-mul expands its delta itself
-    norm_inside: bool = True  # and so does add-and-norm
+
+    def fetches(self, tokens: int) -> bool:
+        return self.fetch > 0 and tokens <= self.fetch_tokens
+
+    def dependent(self, tokens: int) -> bool:
+        return self.pdl and tokens <= PDL_TOKENS
 
 
-OFF = Overlap(0, 0, 0, 0, False, False, False, False, False, False, False)
+OFF = Overlap(fetch=0, pdl=False)
 
 
-def supported(device: torch.device) -> bool:
-    """Whether the device has bulk fetches and dependent launches."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+def default_overlap(device: torch.device) -> Overlap:
+    """All of it where the device has bulk fetches and dependent launches."""
+    supported = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return Overlap() if supported else OFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +53,14 @@ class LayerAhead:
 NOTHING = LayerAhead(None, None, None, None)
 
 
-def plan_ahead(weights: DecoderWeights, overlap: Overlap) -> Sequence[LayerAhead]:
-    """By layer."""
+def plan_ahead(weights: DecoderWeights, size: int) -> Sequence[LayerAhead]:
+    """By layer: `size` bytes of each weight."""
 
-    def part(weight: Tensor, size: int) -> Ahead | None:
-        if not size:
-            return None
-        return columns_ahead(weight, size) if overlap.columns else rows_ahead(weight, size)
+    def part(weight: Tensor) -> Ahead | None:
+        return rows_ahead(weight, size) if size else None
 
     following = [*(layer.qkv.weight for layer in weights.layers[1:]), weights.head]
     return [
-        LayerAhead(
-            part(layer.o.weight, overlap.o),
-            part(layer.gate_up.weight, overlap.gate_up),
-            part(layer.down.weight, overlap.down),
-            part(after, overlap.qkv),
-        )
+        LayerAhead(part(layer.o.weight), part(layer.gate_up.weight), part(layer.down.weight), part(after))
         for layer, after in zip(weights.layers, following, strict=True)
     ]

@@ -16,11 +16,9 @@ KERNELS = (
     "lora_gather",
     "lora_shrink",
     "norm",
-    "norm_expand",
     "rotary",
     "sample",
     "silu_mul",
-    "silu_mul_expand",
     "step_input",
 )
 

@@ -8,10 +8,6 @@ from kernels.lora_expand import lora_expand
 from kernels.lora_gather import lora_gather
 from kernels.lora_meta import LoraBounds, LoraGroup
 from kernels.lora_shrink import lora_shrink
-from kernels.norm import add_rms_norm
-from kernels.norm_expand import add_rms_norm_expand
-from kernels.silu_mul import silu_mul
-from kernels.silu_mul_expand import silu_mul_expand
 from tests.kernels.build import (
     Adapters,
     LoraStep,
@@ -99,55 +95,6 @@ def test_added_to_the_base_product(merged: str, dtype: torch.dtype, device: torc
     y = torch.randn(40, width + 8, device=device).to(dtype)[:, :width]  # rows of a wider buffer
     out, wanted = run(adapters, step, x, y, merged, add=True)
     assert_close(out, wanted)
-
-
-@pytest.mark.parametrize(("groups", "tile"), [(BATCHES[0], 64), (BATCHES[2], 32), ([(1, 1)], 64)], ids=str)
-def test_expanded_in_silu(groups: list[tuple[int, int]], tile: int, dtype: torch.dtype, device: torch.device) -> None:
-    """As a delta that is written first, and as the reference, base rows after those of adapters."""
-    torch.manual_seed(5)
-    adapters = make_adapters(mixed_ranks(), SHAPES, 7, dtype, device, 0.2)
-    step = make_lora_step(LoraBounds(70, tile, 5, 7), adapters, groups)
-    lora_gather(step.meta, adapters.pieces, adapters.ranks)
-    x = torch.randn(70, HIDDEN, device=device).to(dtype)
-    gate_up = torch.randn(70, 2 * INNER, device=device).to(dtype)
-    delta = torch.full_like(gate_up, float("nan"))
-    _, wanted = run(adapters, step, x, delta, "gate_up", add=False)
-    wanted[step.rows :] = 0.0
-    out, behind = (torch.full((70, INNER), float("nan"), dtype=dtype, device=device) for _ in range(2))
-    silu_mul_expand(out, gate_up, adapters.arena, step.meta, LAYER, GROUPS["gate_up"])
-    assert_close(out, reference.silu_mul(gate_up.double(), wanted))
-    silu_mul(behind, gate_up, delta=delta, counts=step.meta.counts)
-    assert_close(out, behind)
-
-
-@pytest.mark.parametrize("merged", ["o", "down"])
-@pytest.mark.parametrize(("groups", "tile"), [(BATCHES[0], 64), (BATCHES[2], 32), ([(1, 1)], 64)], ids=str)
-def test_expanded_in_norm(
-    groups: list[tuple[int, int]], tile: int, merged: str, dtype: torch.dtype, device: torch.device
-) -> None:
-    """As a delta that is written first."""
-    torch.manual_seed(6)
-    adapters = make_adapters(mixed_ranks(), SHAPES, 7, dtype, device, 0.2)
-    step = make_lora_step(LoraBounds(70, tile, 5, 7), adapters, groups)
-    lora_gather(step.meta, adapters.pieces, adapters.ranks)
-    group = GROUPS[merged]
-    x = torch.randn(70, group.inner, device=device).to(dtype)
-    y, residual, weight = (torch.randn(n, HIDDEN, device=device).to(dtype) for n in (70, 70, 1))
-    delta = torch.full_like(y, float("nan"))
-    run(adapters, step, x, delta, merged, add=False)
-    sums, wanted = residual.clone(), torch.empty_like(y)
-    add_rms_norm(wanted, sums, y, weight[0], 1e-5, delta=delta, counts=step.meta.counts)
-    add_rms_norm_expand(y, residual, y, weight[0], 1e-5, adapters.arena, step.meta, LAYER, group)
-    assert_close(residual, sums)
-    assert_close(y, wanted)
-
-
-def test_silu_expands_no_split_products(device: torch.device) -> None:
-    adapters = make_adapters(mixed_ranks(), SHAPES, 7, torch.float32, device, 0.2)
-    step = make_lora_step(LoraBounds(16, 16, 5, 7), adapters, [(0, 1)])
-    rows = torch.zeros(16, 2 * INNER, device=device)
-    with pytest.raises(ValueError, match="decode"):
-        silu_mul_expand(rows[:, :INNER], rows, adapters.arena, step.meta, LAYER, GROUPS["gate_up"])
 
 
 @pytest.mark.parametrize("rank", [8, 64, 256])
