@@ -10,11 +10,13 @@ import itertools
 import json
 import random
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from engine.adapters.adapter import Adapter, Hosted
+from engine.adapters.residency import HostFullError
 from engine.arena import Arena
 from engine.eviction import Costs, EvictionClock
 from engine.messages import Submit
@@ -34,6 +36,7 @@ class Seconds:
     token: float = 0.000_05
     load: float = 0.020  # of any load
     chunk: float = 0.001  # of each of its chunks
+    source: float = 0.050  # of reading an adapter that is not on the host
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,12 @@ class Traffic:
             (rank,) = rng.choices(range(self.adapters), cum_weights=weights)
             told.append((now, (rank + shift) % self.adapters))
         return told
+
+    def request(self, number: int, adapter: int, adapter_id: int) -> Submit:
+        """Prompts of one adapter begin alike; token ids are below 512."""
+        prompt = [adapter % 256] * self.prefix + [256 + number % 256] * self.prompt
+        params = SamplingParams(max_tokens=self.output, seed=0, ignore_eos=True)
+        return Submit(request_id=number, prompt=prompt, adapter_id=adapter_id, params=params)
 
 
 TRAFFICS = (
@@ -112,9 +121,12 @@ class Simulation:
 
     def __init__(
         self, config: SchedulerConfig, traffic: Traffic, *, requests: int, seed: int = 0, belady: bool = False,
-        seconds: Seconds | None = None,
+        seconds: Seconds | None = None, ahead: bool = False,
     ) -> None:  # fmt: skip
+        """`ahead`: the next step is planned while one runs, as the engine does unless told otherwise."""
         self.now = 0.0
+        self._depth = 2 if ahead else 1
+        self._flights: deque[StepPlan] = deque()
         self._traffic = traffic
         self._seconds = Seconds() if seconds is None else seconds
         self._arrivals = traffic.arrivals(requests, seed)
@@ -125,8 +137,9 @@ class Simulation:
         clock = (lambda arena: Belady(arena, self._next_use)) if belady else None
         self.scheduler = Scheduler(config, clock)
         self._copies: list[tuple[float, int]] = []  # (when done, adapter_id)
+        self._reads: list[tuple[float, int]] = []  # likewise
         self._link_free = 0.0
-        self._ids = [self._host(str(index), index) for index in range(traffic.adapters)]
+        self._ids = [self._list(index) for index in range(traffic.adapters)]
         self._submitted = 0
 
     def run(self) -> Outcome:
@@ -141,6 +154,8 @@ class Simulation:
         while self._copies and self._copies[0][0] <= self.now:
             _, adapter_id = heapq.heappop(self._copies)
             self.scheduler.adapters.load_done(adapter_id, self.now)
+        while self._reads and self._reads[0][0] <= self.now:
+            self._read(heapq.heappop(self._reads)[1])
         while self._due and self._due[-1][0] <= self.now:
             self._submit(*self._due.pop())
 
@@ -149,38 +164,55 @@ class Simulation:
             yield self._due[-1][0]
         if self._copies:
             yield self._copies[0][0]
+        if self._reads:
+            yield self._reads[0][0]
 
     def _step(self) -> bool:
-        """Whether a step was run, or began loads."""
-        plan = self.scheduler.plan(self.now)
-        if plan is None:
+        """Plans as far ahead as it may and runs the oldest plan; whether there was any."""
+        while len(self._flights) < self._depth and (plan := self.scheduler.plan(self.now)) is not None:
+            self._launch(plan)
+        for adapter_id in self.scheduler.take_fetches():
+            heapq.heappush(self._reads, (self.now + self._seconds.source, adapter_id))
+        if not self._flights:
             return False
-        self.scheduler.adapters.take_evicted()
-        for load in plan.loads:
-            begin = max(self.now, self._link_free)
-            self._link_free = begin + self._seconds.load + self._seconds.chunk * len(load.chunks)
-            heapq.heappush(self._copies, (self._link_free, load.adapter_id))
+        plan = self._flights.popleft()
         if plan.sequences:
             self.now += self._seconds.step + self._seconds.token * plan.tokens
         self.scheduler.commit(_result(plan), self.now)
         return True
 
+    def _launch(self, plan: StepPlan) -> None:
+        self.scheduler.adapters.take_evicted()
+        for load in plan.loads:
+            begin = max(self.now, self._link_free)
+            self._link_free = begin + self._seconds.load + self._seconds.chunk * len(load.chunks)
+            heapq.heappush(self._copies, (self._link_free, load.adapter_id))
+        self._flights.append(plan)
+
     def _submit(self, time: float, adapter: int) -> None:
         self._submitted += 1
-        prompt = [adapter] * self._traffic.prefix + [self._submitted] * self._traffic.prompt
-        self.scheduler.submit(
-            Submit(
-                request_id=self._submitted, prompt=prompt, adapter_id=self._ids[adapter],
-                params=SamplingParams(max_tokens=self._traffic.output, seed=0, ignore_eos=True),
-            ),
-            time,
-        )  # fmt: skip
+        self.scheduler.submit(self._traffic.request(self._submitted, adapter, self._ids[adapter]), time)
 
-    def _host(self, name: str, index: int) -> int:
-        control, pages = self.scheduler.adapters, self._traffic.pages[index % len(self._traffic.pages)]
-        info, _ = control.begin_load(name, name)
-        control.make_host_room(info.adapter_id, pages)
-        return control.host_done(info.adapter_id, Hosted(pages, 16, ("q_proj",), name))
+    def _list(self, index: int) -> int:
+        """At start the host takes as many as it has places for, as the engine does with --lora-paths."""
+        control, name, places = self.scheduler.adapters, str(index), self.scheduler.config.max_loaded
+        adapter_id = control.list_cold(name, name).adapter_id
+        if places is None or index < places:
+            self._read(adapter_id)
+        return adapter_id
+
+    def _read(self, adapter_id: int) -> None:
+        """It was read from its source."""
+        control = self.scheduler.adapters
+        info = control.find(adapter_id)
+        assert info is not None
+        pages = self._traffic.pages[int(info.name) % len(self._traffic.pages)]
+        try:
+            control.make_host_room(adapter_id, pages)
+        except HostFullError:
+            control.host_postponed(adapter_id)
+        else:
+            control.host_done(adapter_id, Hosted(pages, 16, ("q_proj",), info.name))
 
     def _next_use(self, adapter: Adapter) -> float:
         if adapter.tally.waiting:
