@@ -23,7 +23,7 @@ PATTERN = re.compile(r"[A-Za-z0-9._*?\[\]!-]+/[A-Za-z0-9._*?\[\]!-]+")
 ABSENT_NAMES = 1024  # remembered at once
 ABSENT_SECONDS = 5.0  # a folder that was not there is looked for again after this
 MISSING_SECONDS = 60.0  # the same of a repository that the hub does not have, or did not deliver
-MOST_LOOKUPS = 64  # at once; further ones are told to come again
+MOST_LOOKUPS = 64  # of repositories at once; further ones are told to come again
 
 
 class Lazy:
@@ -91,7 +91,7 @@ class Lazy:
         return any(all(map(fnmatchcase, parts, pattern)) for pattern in self._patterns)
 
     def _start(self, engine: Engine, name: str, source: str) -> None:
-        if len(self._lookups) >= MOST_LOOKUPS:
+        if "/" in name and sum("/" in other for other in self._lookups) >= MOST_LOOKUPS:
             raise ApiError(
                 503, "Too many adapters are being looked for.", code="queue_full", headers={"retry-after": "1"}
             )

@@ -158,7 +158,9 @@ class Intake:
 
 
 def foreseen(error: BaseException) -> EngineError:
-    """The error itself where it is a refusal of ours, else one that names it."""
+    """The error itself where it is a refusal of ours, else one that names it; clients read it, so no path is in it."""
     if isinstance(error, EngineError):
         return error
+    if isinstance(error, OSError) and error.strerror:
+        return EngineError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error.strerror}")
     return EngineError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")

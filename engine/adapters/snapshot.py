@@ -47,9 +47,12 @@ def fetch_from_hub(repo: str, revision: str | None, max_bytes: int = MAX_LORA_HU
         ) from None
     except RevisionNotFoundError:
         raise RepositoryMissing(f"{asked}: the hub repository has no such revision") from None
+    except OSError as error:
+        if error.filename is None:  # of the network
+            raise _unreachable(asked, error) from None
+        raise invalid(f"{asked}: it cannot be written to the hub's cache ({error.strerror})") from None
     except Exception as error:  # the hub's client lets its HTTP library's errors through
-        reason = _first_line(error)
-        raise invalid(f"{asked}: there is no such local folder, and the hub cannot be reached ({reason})") from None
+        raise _unreachable(asked, error) from None
 
 
 def _fetch(repo: str, revision: str | None, asked: str, max_bytes: int) -> Path:
@@ -83,5 +86,6 @@ def _refuse(files: "Sequence[DryRunFileInfo]", asked: str, max_bytes: int) -> No
         raise invalid(f"{asked}: its files have {size:,} bytes; {limit}")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _unreachable(asked: str, error: Exception) -> EngineError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return invalid(f"{asked}: there is no such local folder, and the hub cannot be reached ({reason})")

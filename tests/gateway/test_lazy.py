@@ -288,8 +288,10 @@ async def test_many_who_ask_at_once_wait_for_one_lookup(engine: HubEngine, clock
     assert len(engine.offered) == 1
 
 
-async def test_lookups_are_bounded(engine: HubEngine, clock: Clock) -> None:
-    models = registry(engine, None, clock, ["acme/*"])
+async def test_lookups_of_repositories_are_bounded_and_folders_do_not_wait_for_them(
+    engine: HubEngine, root: Path, clock: Clock
+) -> None:
+    models = registry(engine, root, clock, ["acme/*"])
     engine.gate.clear()
     engine.refusal = EngineError(ErrorCode.ADAPTER_NOT_FOUND, "none")
     asking = [asyncio.create_task(served(models, f"acme/{i}")) for i in range(MOST_LOOKUPS)]
@@ -298,6 +300,7 @@ async def test_lookups_are_bounded(engine: HubEngine, clock: Clock) -> None:
     with pytest.raises(ApiError, match="Too many") as failed:
         await models.resolve("acme/more")
     assert (failed.value.status, failed.value.headers["retry-after"]) == (503, "1")
+    assert not await served(models, "none")
     engine.gate.set()
     assert await asyncio.gather(*asking) == [False] * MOST_LOOKUPS
     assert not await served(models, "acme/more")

@@ -41,3 +41,14 @@ async def test_a_failed_adapter_whose_name_was_given_away_in_vain_is_gone(pins: 
         with pytest.raises(EngineError) as refused:
             await engine.client.unload_adapter("lost")
         assert refused.value.code is ErrorCode.ADAPTER_NOT_FOUND
+
+
+async def test_a_failure_of_the_file_system_is_told_without_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(source: str, revision: str | None) -> None:
+        raise OSError(5, "Input/output error", "/home/operator/.cache/blob")
+
+    async with harness() as engine:
+        monkeypatch.setattr(engine.reader, "read", read)
+        with pytest.raises(EngineError) as failed:
+            await engine.client.load_adapter("a", "a")
+        assert failed.value.message == "OSError: Input/output error"

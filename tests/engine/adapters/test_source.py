@@ -160,6 +160,7 @@ def without_response(kind: type[Exception]) -> Exception:
         ),
         (OfflineModeIsEnabled("offline\nsecond line"), "the hub cannot be reached (offline)"),
         (ConnectionError(), "the hub cannot be reached (ConnectionError)"),
+        (OSError(28, "No space left on device", "/root/.cache/x"), "to the hub's cache (No space left on device)"),
     ],
 )
 def test_what_the_hub_refuses(error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
