@@ -55,7 +55,7 @@ async def tiers(client: httpx.AsyncClient) -> dict[str, bool]:
 
 
 async def gone_from_its_source(client: httpx.AsyncClient, folders: list[Path]) -> None:
-    """What cannot be loaded again is a 503 with the reason; the others go on, and it comes back with its files."""
+    """What cannot be loaded again is a 503 with the reason, remembered until it is asked for; the others go on."""
     away = next(name for name, here in (await tiers(client)).items() if not here)
     folder = folders[int(away[1:])]
     folder.rename(folder.with_name("hidden"))
@@ -67,7 +67,15 @@ async def gone_from_its_source(client: httpx.AsyncClient, folders: list[Path]) -
         assert "no such folder" in response.json()["error"]["message"]
     assert await generate(client, "hello", None)
     folder.with_name("hidden").rename(folder)
+    assert (await client.post("/v1/completions", json=body)).status_code == 503
+    await forget_failure(client, away)
     assert (await client.post("/v1/completions", json=body)).status_code == 200
+
+
+async def forget_failure(client: httpx.AsyncClient, name: str) -> None:
+    """A pin reads the source again, whatever is remembered of it."""
+    for action in ("pin", "unpin"):
+        assert (await client.post(f"/{action}_lora_adapter", json={"lora_name": name})).status_code == 200
 
 
 async def changed_at_its_source(client: httpx.AsyncClient, files: Files, folders: list[Path], texts: list[str]) -> None:
@@ -83,6 +91,7 @@ async def changed_at_its_source(client: httpx.AsyncClient, files: Files, folders
     assert (await tiers(client))[away] is False
     await refused_when_it_is_broken(client, folders[number], away)
     write_adapter(folders[number], files.model, rank=16, seed=99)
+    await forget_failure(client, away)
     assert await generate(client, "hello", away) == changed
 
 
