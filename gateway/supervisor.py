@@ -99,8 +99,9 @@ class Supervisor:
             reason = await self._until_lost(process.client)
             left = process.client.open_requests
             self._config = restored_config(self._config, process.client)
-            code = await process.kill()
+            process.client.on_stats = None
             self._metrics.engine_lost()
+            code = await process.kill()
             self._keeper.engine_lost()
             log.error(
                 "the engine is lost: %s (exit status %d, %d requests open); starting it again", reason, code, left

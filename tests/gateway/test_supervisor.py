@@ -136,6 +136,24 @@ async def test_an_engine_that_dies_while_it_warms_up_is_replaced(
         assert len(lives.pids) == 3
 
 
+async def test_the_figures_tell_of_a_lost_engine_before_its_process_has_ended(
+    config: EngineConfig, lives: Lives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(config, lives.command("ready,ready"))
+    told: list[bool] = []
+    kill = EngineProcess.kill
+
+    async def note(process: EngineProcess) -> int:
+        told.append(b"loramux_engine_up 0.0" in watched.metrics.render()[0])
+        return await kill(process)
+
+    async with watched:
+        monkeypatch.setattr(EngineProcess, "kill", note)
+        os.kill(lives.pids[0], signal.SIGKILL)
+        await watched.next()
+        assert told == [True]
+
+
 async def test_a_thousand_adapters_are_not_too_many(config: EngineConfig, lives: Lives) -> None:
     paths = tuple(LoraPath(name=f"adapter-{i}", path="/adapters/" + "x" * 200 + str(i)) for i in range(1000))
     config = msgspec.structs.replace(config, lora_paths=paths)
