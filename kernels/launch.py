@@ -61,9 +61,7 @@ def shrink_splits(tokens: int, group: LoraGroup) -> int:
 
     So expands of few columns (o, down) bear more than those of many.
     """
-    if tokens <= 4 or len(group.features) > 1:
-        return 4
-    return 16 if tokens <= 48 and group.inner > 8192 else 8
+    return 4 if tokens <= 4 or len(group.features) > 1 else 8
 
 
 def shrink_tiles(bounds: LoraBounds, group: LoraGroup, itemsize: int) -> ShrinkTiles:

@@ -23,19 +23,20 @@ class Overlap:
     fetch: int = 4 * MIB  # bytes of each weight that are fetched while the kernel before its product runs
     fetch_tokens: int = 16  # of the largest step that fetches: beyond, attention wants the memory and the cache itself
     pdl: bool = True  # a kernel may start before the one ahead of it has ended
+    adapters: bool = False  # in steps with adapters too: not every benchmark of those has shown the same bits yet
 
-    def fetches(self, tokens: int) -> bool:
-        return self.fetch > 0 and tokens <= self.fetch_tokens
+    def fetches(self, tokens: int, *, lora: bool) -> bool:
+        return self.fetch > 0 and tokens <= self.fetch_tokens and (self.adapters or not lora)
 
-    def dependent(self, tokens: int) -> bool:
-        return self.pdl and tokens <= PDL_TOKENS
+    def dependent(self, tokens: int, *, lora: bool) -> bool:
+        return self.pdl and tokens <= PDL_TOKENS and (self.adapters or not lora)
 
 
 OFF = Overlap(fetch=0, pdl=False)
 
 
 def default_overlap(device: torch.device) -> Overlap:
-    """All of it where the device has bulk fetches and dependent launches."""
+    """Where the device has bulk fetches and dependent launches."""
     supported = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
     return Overlap() if supported else OFF
 

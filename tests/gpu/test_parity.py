@@ -44,6 +44,7 @@ ADAPTERS: tuple[dict[int, int], ...] = (
     dict.fromkeys(EVERY, 16),
 )
 TOKENS = 12
+EVERYTHING = Overlap(adapters=True)
 
 
 def start(folder: Path, **settings: Any) -> Worker:
@@ -147,8 +148,8 @@ def test_top_of_a_large_arena(crowd: Case, figures: Figures) -> None:
 
 @pytest.mark.parametrize(
     ("graphs", "overlap"),
-    [(False, OFF), (False, Overlap()), (True, OFF), (True, Overlap())],
-    ids=["in line", "overlapped", "graphs", "overlapped graphs"],
+    [(False, OFF), (False, EVERYTHING), (True, OFF), (True, Overlap()), (True, EVERYTHING)],
+    ids=["in line", "overlapped", "graphs", "default", "overlapped graphs"],
 )
 def test_graphs_and_overlap_change_nothing(crowd: Case, graphs: bool, overlap: Overlap) -> None:
     """The same shapes launched eagerly, one kernel after the other: the same bits."""
@@ -159,7 +160,7 @@ def sampled(crowd: Case, graphs: bool, overlap: Overlap) -> list[tuple[list[int]
     """Tokens and log-probabilities of a batch of base and adapters."""
     driver = crowd.driver(disable_cuda_graph=not graphs, max_loras_per_batch=64)
     runner: Any = driver.worker._runner
-    assert runner._decoder._overlap == Overlap(), "all is on by default"
+    assert runner._decoder._overlap == Overlap(), "on by default"
     runner._decoder.overlap(overlap)
     if graphs:
         with torch.inference_mode():
