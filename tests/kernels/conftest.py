@@ -26,10 +26,11 @@ KERNELS = (
 def _import_interpreted() -> None:
     """Triton reads the variable when a kernel is decorated, its own library's functions included, and never again.
 
-    So it is set for these imports alone, and a triton that something else imported before is imported afresh.
+    So it is set for these imports alone; triton and kernels that something else imported before are imported afresh.
     """
+    own = {f"kernels.{name}" for name in KERNELS}
     for name in list(sys.modules):
-        if name.split(".")[0] == "triton" and "._C" not in name:
+        if name in own or (name.split(".")[0] == "triton" and "._C" not in name):
             del sys.modules[name]
     os.environ["TRITON_INTERPRET"] = "1"
     try:
