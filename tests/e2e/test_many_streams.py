@@ -128,7 +128,8 @@ async def test_half_of_two_hundred_are_abandoned(server: Server, client: httpx.A
     await until(client, idle, SETTLE_SECONDS)
     before = Held(server)
     async with server.client() as many:
-        calls = [asyncio.create_task(read_stream(many, body)) for body in bodies(models, 300)]  # still at it when the next figures are told
+        long = bodies(models, 300)  # still at it when the next figures are told
+        calls = [asyncio.create_task(read_stream(many, body)) for body in long]
         await until(client, lambda told: told("requests_running") > 40, 30)
         for call in calls[::2]:
             call.cancel()
