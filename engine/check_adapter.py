@@ -19,7 +19,7 @@ from engine.adapters.layout import Layout, pack
 from engine.adapters.peft import AdapterFile, read_adapter
 from engine.adapters.peft_config import MAX_CONFIG_BYTES, LoraSettings, parse_settings
 from engine.adapters.source import open_adapter_file, resolve_source
-from engine.adapters.spec import CONFIG_FILE, TENSORS_FILE, AdapterLimits
+from engine.adapters.spec import AdapterLimits
 from engine.adapters.tensorfile import Entry, read_header
 from engine.config import EngineConfig
 from engine.geometry import Geometry, make_geometry
@@ -27,7 +27,7 @@ from engine.models.config import ModelConfig, UnsupportedModelError
 from engine.models.dims import LORA_MODULES
 from engine.models.registry import load_config
 from engine.models.source import ModelSourceError, resolve_model
-from engine.types import EngineError
+from engine.types import CONFIG_FILE, TENSORS_FILE, EngineError
 
 COLUMNS = ("module", "layers", "rank", "scale", "A", "B", "type")
 LABEL_WIDTH = 10

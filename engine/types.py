@@ -4,6 +4,11 @@ import enum
 
 import msgspec
 
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE)  # of an adapter in PEFT's format, wherever it comes from
+HUB_PREFIX = "hub:"  # before a source that is a repository, whatever folder may bear its name
+
 
 class FinishReason(enum.StrEnum):
     """Why a sequence ended. `stop` covers end tokens and stop token ids; stop strings are the gateway's."""

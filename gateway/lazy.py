@@ -10,14 +10,12 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from engine.types import AdapterInfo, AdapterState, EngineError, ErrorCode
+from engine.types import ADAPTER_FILES, CONFIG_FILE, HUB_PREFIX, AdapterInfo, AdapterState, EngineError, ErrorCode
 from gateway.errors import ApiError, from_engine
 from gateway.lora_paths import name_problem
 from gateway.settings import SettingsError
 from gateway.state import Engine
 
-FILES = ("adapter_config.json", "adapter_model.safetensors")
-HUB_PREFIX = "hub:"  # no folder of the server is meant
 REPOSITORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*")
 PATTERN = re.compile(r"[A-Za-z0-9._*?\[\]!-]+/[A-Za-z0-9._*?\[\]!-]+")
 ABSENT_NAMES = 1024  # remembered at once
@@ -162,7 +160,7 @@ class AbsentNames:
 
 
 def _holds(folder: Path) -> bool:
-    return (folder / FILES[0]).is_file()
+    return (folder / CONFIG_FILE).is_file()
 
 
 def _is_inside(folder: Path, root: Path | None) -> bool:
@@ -170,4 +168,4 @@ def _is_inside(folder: Path, root: Path | None) -> bool:
     assert root is not None
     if not _holds(folder):
         return False
-    return all(path.resolve().is_relative_to(root) for path in (folder, *(folder / name for name in FILES)))
+    return all(path.resolve().is_relative_to(root) for path in (folder, *(folder / name for name in ADAPTER_FILES)))

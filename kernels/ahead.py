@@ -1,10 +1,11 @@
 """What is to be fetched ahead of a product: pieces of its weight, for the kernel before it. Imports no triton."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from kernels.launch import cdiv
+from kernels.launch import cdiv, dependent
 
 WARP = 32  # threads, each of which fetches a piece
 
@@ -21,6 +22,16 @@ class Ahead:
     def programs(self, warps: int) -> int:
         """Programs of so many warps that fetch it all."""
         return cdiv(self.count, WARP * warps)
+
+
+def ahead_rows(ahead: Ahead | None, warps: int, parts: int = 1) -> int:
+    """Rows of `parts` programs of so many warps, behind a kernel's own, that fetch it all."""
+    return 0 if ahead is None else cdiv(ahead.programs(warps), parts)
+
+
+def overlapping(ahead: Ahead | None, warps: int, pdl: bool) -> dict[str, Any]:
+    """Launch options of a kernel that may fetch ahead, and may start before the one ahead of it ends."""
+    return {"LANES": WARP * warps if ahead else 0, "PDL": pdl, "num_warps": warps, **dependent(pdl)}
 
 
 def ahead_arguments(ahead: Ahead | None, other: Tensor) -> tuple[Tensor, int, int, int]:

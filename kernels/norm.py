@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ahead import WARP, Ahead, ahead_arguments
+from kernels.ahead import Ahead, ahead_arguments, ahead_rows, overlapping
 from kernels.fetch import fetch
-from kernels.launch import dependent, power_of_two, require, require_rows
+from kernels.launch import power_of_two, require, require_rows
 from kernels.lora_meta import LORA_ROWS
 
 
@@ -130,7 +130,7 @@ def _launch(
     require(out.shape == x.shape and x.shape[1] == weight.shape[0], "rows and weight differ in size")
     block, rows = power_of_two(x.shape[1]), x.shape[0]
     warps = max(1, min(16, block // 512))
-    _rms_norm[(rows + (ahead.programs(warps) if ahead else 0),)](
+    _rms_norm[(rows + ahead_rows(ahead, warps),)](
         out,
         x,
         x if residual is None else residual,
@@ -149,8 +149,5 @@ def _launch(
         ROWS=LORA_ROWS,
         RESIDUAL=residual is not None,
         DELTA=delta is not None,
-        LANES=WARP * warps if ahead else 0,
-        PDL=pdl,
-        num_warps=warps,
-        **dependent(pdl),
+        **overlapping(ahead, warps, pdl),
     )

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ahead import WARP, Ahead, ahead_arguments
+from kernels.ahead import Ahead, ahead_arguments, ahead_rows, overlapping
 from kernels.fetch import fetch
-from kernels.launch import cdiv, dependent, power_of_two, require, require_rows
+from kernels.launch import cdiv, power_of_two, require, require_rows
 from kernels.layout import KvLayout
 from kernels.lora_meta import LORA_ROWS
 
@@ -171,7 +171,7 @@ def rotary_store(
     require(delta is None or counts is not None, "a delta needs the counts of its rows")
     q_weight, k_weight, eps = norms or (qkv, qkv, 0.0)
     rows, parts = qkv.shape[0], cdiv(heads + 2 * layout.kv_heads, HEADS_EACH)
-    _rotary_store[(rows + (cdiv(ahead.programs(WARPS), parts) if ahead else 0), parts)](
+    _rotary_store[(rows + ahead_rows(ahead, WARPS, parts), parts)](
         qkv,
         qkv if delta is None else delta,
         positions if counts is None else counts,
@@ -199,8 +199,5 @@ def rotary_store(
         BD=power_of_two(half),
         DELTA=delta is not None,
         NORM=norms is not None,
-        LANES=WARP * WARPS if ahead else 0,
-        PDL=pdl,
-        num_warps=WARPS,
-        **dependent(pdl),
+        **overlapping(ahead, WARPS, pdl),
     )

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ahead import WARP, Ahead, ahead_arguments
+from kernels.ahead import Ahead, ahead_arguments, ahead_rows, overlapping
 from kernels.fetch import fetch
-from kernels.launch import cdiv, dependent, require, require_rows
+from kernels.launch import cdiv, require, require_rows
 from kernels.lora_meta import LORA_ROWS
 
 BLOCK, WARPS = 2048, 8
@@ -97,7 +97,7 @@ def silu_mul(
     require(delta is None or counts is not None, "a delta needs the counts of its rows")
     require(gate_up.shape[1] == 2 * out.shape[1], "gate_up is not twice as wide as out")
     rows, parts = out.shape[0], cdiv(out.shape[1], BLOCK)
-    _silu_mul[(rows + (cdiv(ahead.programs(WARPS), parts) if ahead else 0), parts)](
+    _silu_mul[(rows + ahead_rows(ahead, WARPS, parts), parts)](
         out,
         gate_up,
         gate_up if delta is None else delta,
@@ -111,8 +111,5 @@ def silu_mul(
         ROWS=LORA_ROWS,
         BLOCK=BLOCK,
         DELTA=delta is not None,
-        LANES=WARP * WARPS if ahead else 0,
-        PDL=pdl,
-        num_warps=WARPS,
-        **dependent(pdl),
+        **overlapping(ahead, WARPS, pdl),
     )

@@ -38,7 +38,7 @@ class Hosted:
 
 @dataclass(slots=True, eq=False)
 class Adapter:
-    """One adapter. The catalogue changes its names and life, residency its places, the scheduler its tally."""
+    """The facts of one adapter, or of one version of it."""
 
     adapter_id: int
     name: str

@@ -4,9 +4,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from engine.adapters.spec import TENSORS_FILE, invalid
+from engine.adapters.spec import invalid
 from engine.adapters.tensorfile import Entry
 from engine.models.dims import LORA_MODULES
+from engine.types import TENSORS_FILE
 
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before the names of the model that it wraps
 BLOCKS = {module: "self_attn" if module in LORA_MODULES[:4] else "mlp" for module in LORA_MODULES}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from engine.adapters.snapshot import fetch_from_hub
 from engine.adapters.source import hub_repository
-from engine.adapters.spec import ADAPTER_FILES, invalid
-from engine.types import EngineError, ErrorCode
+from engine.adapters.spec import invalid
+from engine.types import ADAPTER_FILES, EngineError, ErrorCode
 
 HUB_SECONDS = 120.0
 HUB_THREADS = 4  # a thread that nobody waits for any more still counts until its connection gives up

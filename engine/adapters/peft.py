@@ -15,10 +15,11 @@ from torch import Tensor
 from engine.adapters.binding import Binding, bind
 from engine.adapters.peft_config import MAX_CONFIG_BYTES, LoraSettings, parse_settings
 from engine.adapters.source import open_adapter_file
-from engine.adapters.spec import CONFIG_FILE, TENSORS_FILE, AdapterLimits, AdapterSpec, ModuleSpec, invalid
+from engine.adapters.spec import AdapterLimits, AdapterSpec, ModuleSpec, invalid
 from engine.adapters.targets import Names, ends_with
 from engine.adapters.tensorfile import Entry, Header, all_finite, read_body, read_header, tensor_of
 from engine.models.dims import LORA_MODULES, ModelDims
+from engine.types import CONFIG_FILE, TENSORS_FILE
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.adapters.spec import ADAPTER_FILES, invalid
+from engine.adapters.spec import invalid
 from engine.config import MAX_LORA_HUB_BYTES
-from engine.types import EngineError, ErrorCode
+from engine.types import ADAPTER_FILES, EngineError, ErrorCode
 
 if TYPE_CHECKING:
     from huggingface_hub import DryRunFileInfo

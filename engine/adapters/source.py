@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from engine.adapters.snapshot import fetch_from_hub
-from engine.adapters.spec import ADAPTER_FILES, CONFIG_FILE, TENSORS_FILE, invalid
+from engine.adapters.spec import invalid
 from engine.config import MAX_LORA_HUB_BYTES
+from engine.types import ADAPTER_FILES, CONFIG_FILE, HUB_PREFIX, TENSORS_FILE
 
 MAX_SOURCE = 1024
-HUB_PREFIX = "hub:"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(//|/?$)|(file|data|https?|s3|gs|hf):")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 

@@ -5,10 +5,6 @@ from dataclasses import dataclass
 from engine.models.dims import LORA_MODULES
 from engine.types import EngineError, ErrorCode
 
-CONFIG_FILE = "adapter_config.json"
-TENSORS_FILE = "adapter_model.safetensors"
-ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE)
-
 
 @dataclass(frozen=True, slots=True)
 class ModuleSpec:

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.adapters.spec import TENSORS_FILE, invalid
+from engine.adapters.spec import invalid
+from engine.types import TENSORS_FILE
 
 MAX_HEADER_BYTES = 16 << 20
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

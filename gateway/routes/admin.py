@@ -57,11 +57,8 @@ class UnloadAdapterRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
     force: bool | None = None  # it is ended at once
 
 
-class VllmUnloadAdapterRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    lora_name: Name
+class VllmUnloadAdapterRequest(UnloadAdapterRequest, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lora_int_id: int | None = None  # ignored
-    timeout: DrainSeconds | None = None  # seconds until what still uses it is ended; 30 where it is not told
-    force: bool | None = None  # it is ended at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +182,7 @@ def _wanted(gateway: Gateway, body: LoadAdapterRequest | VllmLoadAdapterRequest)
     return Wanted(name=body.lora_name, revision=body.revision, inplace=bool(body.load_inplace), timeout=body.timeout)
 
 
-async def _unload(gateway: Gateway, body: UnloadAdapterRequest | VllmUnloadAdapterRequest) -> None:
+async def _unload(gateway: Gateway, body: UnloadAdapterRequest) -> None:
     timeout = UNLOAD_SECONDS if body.timeout is None else body.timeout
     try:
         await gateway.client.unload_adapter(body.lora_name, timeout=timeout, force=bool(body.force))

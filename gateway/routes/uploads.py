@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from engine.types import ErrorCode
+from engine.types import CONFIG_FILE, TENSORS_FILE, ErrorCode
 from gateway.disconnect import ClientGone
 from gateway.errors import ApiError, bad_request
 from gateway.lora_paths import Weight
@@ -24,7 +24,7 @@ from gateway.state import Gateway
 
 PATH = "/v1/lora_adapters"
 MAX_CONFIG = 2**20  # bytes, as the engine reads it
-FILES = {"adapter_config.json": MAX_CONFIG, "adapter_model.safetensors": None}  # None: what the whole body may have
+FILES = {CONFIG_FILE: MAX_CONFIG, TENSORS_FILE: None}  # None: what the whole body may have
 WRITE_BYTES = 2**20  # of the body are gathered before a thread takes them
 SILENCE_SECONDS = 60.0  # a client that sends nothing for so long is given up
 

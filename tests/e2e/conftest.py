@@ -10,6 +10,7 @@ import pytest
 from engine.models.dims import LORA_MODULES
 from tests.e2e.server import Server, log_tail
 from tests.support.adapters import write_adapter
+from tests.support.browser import Browser, chromium
 from tests.support.models import write_model
 
 ARENA_TOKENS = 16384
@@ -79,3 +80,10 @@ def pytest_runtest_makereport(
             if isinstance(value, Server):
                 report.sections.append(("server", log_tail(value)))
     return report
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        browser.size(1400, 1000)
+        yield browser

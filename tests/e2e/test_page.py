@@ -9,7 +9,7 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 
 from tests.e2e.server import Server
-from tests.support.browser import Browser, chromium
+from tests.support.browser import Browser
 
 PROMPT = "List 3 countries and their capitals."
 TOKENS = 24
@@ -64,13 +64,6 @@ return {tag: node.tagName, ring: style.outlineStyle !== 'none' && parseFloat(sty
   name: node.ariaLabel || node.labels?.[0]?.textContent || node.textContent.trim() || node.title
     || (node.hasAttribute('aria-labelledby') && 'labelled')};
 """
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        browser.size(1400, 1000)
-        yield browser
 
 
 @pytest.fixture

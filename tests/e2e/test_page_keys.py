@@ -7,7 +7,7 @@ import pytest
 
 from tests.e2e.conftest import Files
 from tests.e2e.server import Server, serving
-from tests.support.browser import Browser, chromium
+from tests.support.browser import Browser
 
 API_KEY, ADMIN_KEY = "sk-api-77e0", "sk-admin-ünï"
 MARKUP = "<img src=x onerror=document.title='owned'>"
@@ -19,13 +19,6 @@ def keyed(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     env = {"LORAMUX_API_KEY": API_KEY, "LORAMUX_ADMIN_API_KEY": ADMIN_KEY}
     with serving(log, *files.flags, "--lora-paths", *files.lora_paths(), env=env) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        browser.size(1400, 1000)
-        yield browser
 
 
 @pytest.fixture

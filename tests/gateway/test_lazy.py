@@ -7,8 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from engine.types import AdapterInfo, AdapterState, EngineError, ErrorCode
-from gateway import lazy as lazy_module
+from engine.types import ADAPTER_FILES, AdapterInfo, AdapterState, EngineError, ErrorCode
 from gateway.errors import ApiError
 from gateway.lazy import ABSENT_NAMES, ABSENT_SECONDS, MISSING_SECONDS, MOST_LOOKUPS, AbsentNames, Lazy, Refusal
 from gateway.models import ModelRegistry
@@ -66,7 +65,7 @@ def root(tmp_path: Path) -> Path:
 
 def put(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    for name in lazy_module.FILES:
+    for name in ADAPTER_FILES:
         (folder / name).write_text(name)
     return folder
 
@@ -130,7 +129,7 @@ async def test_links_may_lead_within_and_never_out(engine: HubEngine, root: Path
     outside = put(tmp_path / "outside")
     (root / "escape").symlink_to(outside)
     (root / "up").symlink_to(Path("..") / "outside")
-    for folder, name in (("one", lazy_module.FILES[0]), ("two", lazy_module.FILES[1])):
+    for folder, name in (("one", ADAPTER_FILES[0]), ("two", ADAPTER_FILES[1])):
         put(root / folder)
         (root / folder / name).unlink()
         (root / folder / name).symlink_to(outside / name)

@@ -6,8 +6,7 @@ import msgspec
 import pytest
 
 from engine.config import EngineConfig
-from engine.types import AdapterState, EngineError
-from gateway import lazy
+from engine.types import ADAPTER_FILES, AdapterState, EngineError
 from gateway.lazy import Lazy
 from gateway.models import ModelRegistry
 from gateway.settings import Settings
@@ -27,7 +26,7 @@ def engine() -> FakeEngine:
 def gateway(engine: FakeEngine, tmp_path: Path) -> Gateway:
     folder = tmp_path / "adapters" / "lying"
     folder.mkdir(parents=True)
-    for name in lazy.FILES:
+    for name in ADAPTER_FILES:
         (folder / name).touch()
     registry = ModelRegistry(engine, Lazy(tmp_path / "adapters", [], lambda: 0.0))
     made = make_gateway(engine, write_folder(tmp_path / "model"))

@@ -8,8 +8,7 @@ import pytest
 
 from engine.adapters.hub import Hub
 from engine.adapters.snapshot import RepositoryMissing
-from engine.adapters.spec import ADAPTER_FILES
-from engine.types import EngineError, ErrorCode
+from engine.types import ADAPTER_FILES, EngineError, ErrorCode
 
 
 class FakeHub:

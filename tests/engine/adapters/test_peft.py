@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.adapters.peft import inspect_limits, read_adapter
-from engine.adapters.spec import CONFIG_FILE, TENSORS_FILE, AdapterLimits
+from engine.adapters.spec import AdapterLimits
 from engine.models.dims import LORA_MODULES, ModelDims
-from engine.types import EngineError, ErrorCode
+from engine.types import CONFIG_FILE, TENSORS_FILE, EngineError, ErrorCode
 from tests.support.adapters import adapter_tensors, write_adapter
 
 DIMS = ModelDims(layers=3, hidden=24, intermediate=40, heads=3, kv_heads=1, head_dim=8, vocab=97)

@@ -16,8 +16,7 @@ from huggingface_hub.errors import (
 
 from engine.adapters.snapshot import RepositoryMissing, fetch_from_hub
 from engine.adapters.source import open_adapter_file, refuse_outside, resolve_source
-from engine.adapters.spec import ADAPTER_FILES, CONFIG_FILE, TENSORS_FILE
-from engine.types import EngineError, ErrorCode
+from engine.types import ADAPTER_FILES, CONFIG_FILE, TENSORS_FILE, EngineError, ErrorCode
 
 
 def refused(source: str, revision: str | None = None) -> str:
