@@ -106,7 +106,7 @@ def add_rms_norm(
     ahead: Ahead | None = None,
     pdl: bool = False,
 ) -> None:
-    """out, residual, y, delta: [tokens, size], rows contiguous; out may be y. weight: [size].
+    """out, residual, y, delta: [tokens, size], rows contiguous, each of its own dtype; out may be y. weight: [size].
 
     Semantics: s[t] = residual[t] + y[t] (+ delta[t] for t < counts[LORA_ROWS]); residual = s;
     out[t, i] = s[t, i] / sqrt(mean_j s[t, j]^2 + eps) * weight[i], from s before it is rounded.

@@ -44,7 +44,7 @@ def _embed(out, weight, ids, last_token, size, out_stride, weight_stride, BLOCK:
 
 
 def embed(out: Tensor, weight: Tensor, ids: Tensor, last_token: Tensor) -> None:
-    """out: [tokens, hidden]; weight: [vocab, hidden]; ids: [tokens] int32; last_token: [rows] int64.
+    """out: [tokens, hidden], of any dtype; weight: [vocab, hidden]; ids: [tokens] int32; last_token: [rows] int64.
 
     Semantics: out[t] = weight[ids[t]] where ids[t] >= 0, else weight[last_token[-1 - ids[t]]].
     """

@@ -41,7 +41,11 @@ class StepTensors:
 
 
 class DecoderBuffers:
-    """Activations of the largest step; a smaller one uses the first rows."""
+    """Activations of the largest step; a smaller one uses the first rows.
+
+    The residual stream is float32: rounded to bfloat16 after each of two sums a layer it is most of what moves a deep
+    model's choices away from float32's, and at a row's width it costs next to nothing.
+    """
 
     def __init__(self, config: ModelConfig, rows: int, dtype: torch.dtype, device: torch.device) -> None:
         dims = config.dims
@@ -50,7 +54,7 @@ class DecoderBuffers:
         def rows_of(width: int) -> Tensor:
             return torch.zeros(rows, width, dtype=dtype, device=device)
 
-        self.residual = rows_of(dims.hidden)
+        self.residual = torch.zeros(rows, dims.hidden, dtype=torch.float32, device=device)
         self.hidden = rows_of(dims.hidden)
         self.qkv = rows_of(query + 2 * key)
         self.query = rows_of(query)

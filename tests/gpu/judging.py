@@ -50,7 +50,6 @@ def judge(requests: Sequence[Request], exact: DeviceReference, peer: DeviceRefer
     )
 
 
-def assert_right(judgement: Judgement, share: float = 0.0) -> None:
-    """At most this share of the outputs may be wrong."""
-    assert judgement.wrong <= share * judgement.outputs, judgement
+def assert_right(judgement: Judgement) -> None:
+    assert judgement.wrong == 0, judgement
     assert judgement.error <= SHARE * judgement.peer_error, judgement

@@ -21,9 +21,6 @@ from tests.parity.demo import chat_prompts, demo_adapters, demo_folder
 
 TOKENS = 24
 QUESTIONS = 8
-# Of the outputs whose margin is above 0.1. transformers in bf16 chooses otherwise at 2 of these 1,152 positions, at
-# margins of up to 0.58: bf16 through 30 layers moves this model's log-probabilities by 0.06 in the mean.
-OTHERWISE = 0.005
 
 
 def weights_of(file: AdapterFile) -> Weights:
@@ -80,5 +77,5 @@ def test_demo(demo: Demo, graphs: bool, figures: Figures, request: pytest.Fixtur
     figures(request.node.name, {**dataclasses.asdict(judgement), "replays": worker.graph_replays})
     worker.close()
     tier.close()
-    assert_right(judgement, OTHERWISE)
+    assert_right(judgement)
     assert (worker.graph_replays > 0) == graphs

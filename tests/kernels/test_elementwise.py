@@ -38,11 +38,14 @@ def test_rms_norm(size: int, dtype: torch.dtype, device: torch.device) -> None:
     assert_close(out, reference.rms_norm(x.double(), weight, 1e-5))
 
 
+@pytest.mark.parametrize("stream", [None, torch.float32], ids=["", "float32 residual"])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("size", [100, 2048])
-def test_add_rms_norm(size: int, lora: bool, dtype: torch.dtype, device: torch.device) -> None:
+def test_add_rms_norm(
+    size: int, lora: bool, stream: torch.dtype | None, dtype: torch.dtype, device: torch.device
+) -> None:
     torch.manual_seed(size)
-    residual, y = (torch.randn(ROWS, size, device=device).to(dtype) for _ in range(2))
+    residual, y = (torch.randn(ROWS, size, device=device).to(d) for d in (stream or dtype, dtype))
     weight = torch.randn(size, device=device).to(dtype)
     delta, clean = delta_like(y)
     wide = residual.double()
