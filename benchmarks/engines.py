@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import statistics
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -47,6 +48,15 @@ def moved(before: Stats, after: Stats) -> tuple[int, int]:
     """(copies into the arena, evictions from it) between two moments."""
     loads = after.loads.get("device/ok", 0) - before.loads.get("device/ok", 0)
     return loads, _evicted(after.evictions) - _evicted(before.evictions)
+
+
+def steps_taken(stats: Stats) -> str:
+    """How many steps these statistics observed, their median length, and their mean tokens and sequences."""
+    if not stats.step_seconds:
+        return "no steps"
+    tokens, sequences = (statistics.mean(values) for values in (stats.step_tokens, stats.step_sequences))
+    median = statistics.median(stats.step_seconds) * 1e3
+    return f"{len(stats.step_seconds)} steps, {median:.1f} ms, {tokens:.0f} tokens of {sequences:.0f} sequences"
 
 
 def _evicted(evictions: Mapping[str, int]) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from benchmarks.clients import EngineTarget
 from benchmarks.driving import Outcome, at_times, in_turn
-from benchmarks.engines import load_adapters, moved
+from benchmarks.engines import load_adapters, moved, steps_taken
 from benchmarks.load import Job
 from benchmarks.report import Report
 from benchmarks.traffic import Lengths, arrival_times, make_jobs, until, zipf
@@ -58,10 +58,11 @@ async def trace(client: EngineClient, scale: Trace, report: Report) -> None:
         arrivals = until(scale.warm + scale.seconds, arrival_times(rate, 1.0, seed=3), jobs)
         before = await client.stats()
         outcome = await at_times(EngineTarget(client), arrivals, scale.warm + scale.seconds)
-        loads, evictions = moved(before, await client.stats())
+        after = await client.stats()
+        loads, evictions = moved(before, after)
         offered = len(arrivals) / outcome.seconds
         served = rates[count] = outcome.rate(scale.warm)
-        note = f"{loads} loads, {evictions} evictions, {offered / served:.2f} x offered"
+        note = f"{loads} loads, {evictions} evictions, {offered / served:.2f} x offered, {steps_taken(after)}"
         report.add(f"S-LoRA's trace, n = {count}: complete requests", "1/s", [served], note=note)
         report.add(f"S-LoRA's trace, n = {count}: tokens of them", "tokens/s", [outcome.tokens_per_second(scale.warm)])
         report.add(f"S-LoRA's trace, n = {count}: offered over served", "x", [offered / served])

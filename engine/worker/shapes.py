@@ -21,6 +21,7 @@ from kernels.step_meta import step_fields
 DEFAULT_GRAPH_MAX = 256
 GRAPH_STEPS = ((4, 1), (8, 4), (64, 8), (128, 16), (512, 32))  # (up to this many rows, in steps of)
 MIXED_GRAPHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)  # tokens; mixed steps above run without a graph
+SMALL_STEP = 4 * PREFILL_TILE  # tokens up to which LoRA's work items are as small as in decode steps
 WINDOWED = "windowed_"  # prefix of the second set of attention lists
 
 
@@ -138,7 +139,7 @@ class Shapes:
         splits = decode_splits(sequences, machine.kv.kv_heads, machine.multiprocessors)
         tile = machine.q_tile if prefill else 0
         attention = AttentionBounds(tokens, sequences, tile, splits, machine.max_context)
-        lora_tile = PREFILL_TILE if prefill and tokens > 4 * PREFILL_TILE else DECODE_TILE
+        lora_tile = PREFILL_TILE if prefill and tokens > SMALL_STEP else DECODE_TILE
         bounds = LoraBounds(tokens, lora_tile, machine.slots, machine.rank_blocks)
         fields = [("counts", (HEADER,)), *step_fields(tokens, sequences), *attention.fields()]
         if machine.two_windows:
