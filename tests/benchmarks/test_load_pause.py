@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.load_pause import Gaps, Phase, Spans, make_adapter, tell
+from benchmarks.load_pause import Gaps, Measured, Phase, Spans, make_adapter, tell
 from benchmarks.report import Report
 from engine.adapters.peft import read_adapter
 from engine.adapters.spec import AdapterLimits
@@ -39,5 +39,6 @@ def test_the_bounds_tell_loads_that_disturb(gap: float, kept: bool) -> None:
     after = [loud[-1] + i * 0.01 for i in range(101)]
     spans = Spans((0.0, 1.0), (1.0, loud[-1] + 1e-9), (loud[-1] - 1e-9, after[-1] + 1))
     report = Report("test", commit="none")
-    assert tell(report, Gaps([calm, loud, after]), spans, count=5) is kept
-    assert len(report.rows) == 9
+    assert tell(report, Measured(Gaps([calm, loud, after]), [spans, spans]), count=5) is kept
+    assert len(report.rows) == 10
+    assert all(len(row.values) == 2 for row in report.rows)
