@@ -1,4 +1,4 @@
-"""Steps that decode for many adapters beside a prompt: what they cost over the base's, by the tile of LoRA's work items.
+"""Decode steps of many adapters with a prompt beside them: their cost over the base's, by the tile of LoRA's items.
 
     python -m benchmarks.mixed_steps [--commit HASH] [--folder benchmarks/results]
 

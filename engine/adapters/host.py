@@ -6,6 +6,8 @@ that no step ever waits for an allocation. Used and free pages together are alwa
 
 import threading
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 
 import psutil
 import torch
@@ -199,15 +201,16 @@ class PagePool:
 
 
 def _fill(pages: tuple[Tensor, ...], layout: Layout, file: AdapterFile, dims: ModelDims, dtype: torch.dtype) -> None:
-    typed = [page.view(dtype) for page in pages]
-    for page in pages:
-        page.zero_()
+    """Page by page, so that each is still in the core's cache when it is looked at."""
     scales = {(module.layer, module.module): module.scale for module in file.spec.modules}
-    for place in layout.places:
-        key = (place.layer, place.module)
-        _fill_piece(typed[place.chunk], place, file.pairs[key], scales[key], dims)
-    if not all(all_finite(page) for page in typed):
-        raise invalid(f"the adapter's scaled weights do not fit {str(dtype).removeprefix('torch.')}")
+    places = groupby(sorted(layout.places, key=attrgetter("chunk")), attrgetter("chunk"))
+    for page, (_, on_page) in zip(pages, places, strict=True):
+        typed = page.zero_().view(dtype)
+        for place in on_page:
+            key = (place.layer, place.module)
+            _fill_piece(typed, place, file.pairs[key], scales[key], dims)
+        if not all_finite(typed):
+            raise invalid(f"the adapter's scaled weights do not fit {str(dtype).removeprefix('torch.')}")
 
 
 def _fill_piece(page: Tensor, place: Place, pair: LoraPair, scale: float, dims: ModelDims) -> None:
