@@ -1,6 +1,6 @@
 """Decode steps of many adapters with a prompt beside them: their cost over the base's, by the tile of LoRA's items.
 
-    python -m benchmarks.mixed_steps [--commit HASH] [--folder benchmarks/results]
+    python -m benchmarks.mixed_steps [--tile 16] [--commit HASH] [--folder benchmarks/results]
 
 Llama-3.1-8B's shape, random weights, adapters of rank 8 on q, k, v and o as in S-LoRA's trace.
 """
@@ -26,9 +26,8 @@ from engine.worker.worker import Worker
 
 RANK, MODULES, CONTEXT = 8, LORA_MODULES[:4], 300
 BATCH, ADAPTERS = 192, (0, 5, 80)
-PROMPTS = (0, 200, 400, 900)  # tokens of the one that joins
+PROMPTS = (0, 200, 400, 700, 1800)  # tokens of the one that joins
 STEPS, WARM_UP = 24, 6
-TILES = {"as it is": shapes.SMALL_STEP, "16 rows": 1 << 20}  # tokens up to which an item has 16 rows
 ENGINE = msgspec.structs.replace(
     FULL.engine, max_loras_per_batch=128, max_lora_rank=RANK, lora_target_modules=MODULES, chunked_prefill_size=2048
 )
@@ -79,25 +78,31 @@ def case(bench: Bench, report: Report, name: str, prompt: int, adapters: int) ->
     report.add(name, "ms/step", timed.whole[WARM_UP:], note=f"host {host:.2f} ms")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--commit", default="")
-    arguments = parser.parse_args()
-    report = Report("mixed-steps", arguments.commit, folder=arguments.folder)
-    for tile, limit in TILES.items():
-        with replaced(limit, (shapes, "SMALL_STEP")):
-            measure(report, tile)
-
-
-def measure(report: Report, tile: str) -> None:
-    worker = start_worker(report, FULL.model, ENGINE, "(none of them)")
+def measure(report: Report, name: str) -> None:
+    worker = start_worker(report, FULL.model, ENGINE, name)
     bench = Bench(worker, ENGINE.max_loras_per_batch)
     for i in range(1, max(ADAPTERS) + 1):
         bench.load(i, random_pages(worker, RANK, MODULES))
     for prompt, adapters in itertools.product(PROMPTS, ADAPTERS):
-        case(bench, report, f"{BATCH} rows, {adapters} adapters, prompt {prompt}, {tile}", prompt, adapters)
+        case(bench, report, f"{BATCH} rows, {adapters} adapters, prompt {prompt}, {name}", prompt, adapters)
     worker.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tile", type=int, help="rows of a work item in every step; by default what each step takes")
+    parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--commit", default="")
+    arguments = parser.parse_args()
+    if arguments.tile is None:
+        measure(Report("mixed-steps", arguments.commit, folder=arguments.folder), "default")
+        return
+    report = Report(f"mixed-steps-{arguments.tile}", arguments.commit, folder=arguments.folder)
+    with (
+        replaced(0, (shapes, "SMALL_STEP")),
+        replaced(arguments.tile, (shapes, "PREFILL_TILE"), (shapes, "DECODE_TILE")),
+    ):
+        measure(report, f"tile {arguments.tile}")
 
 
 if __name__ == "__main__":

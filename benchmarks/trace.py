@@ -4,9 +4,12 @@ Lengths uniform in 8..512, gaps of gamma distribution with cv 1, adapters by Zip
 an arena that holds all adapters, or only some of them (`capped`).
 """
 
+import asyncio
+import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.clients import EngineTarget
 from benchmarks.driving import Outcome, at_times, in_turn
@@ -80,24 +83,44 @@ async def _capacity(client: EngineClient, scale: Trace, report: Report) -> float
     return rate
 
 
-async def arena(client: EngineClient, scale: Capped, report: Report, what: str) -> float:
-    """Tokens a second of streams in turn over many adapters; the arena is what the caller made it."""
+@dataclass(slots=True)
+class Watched:
+    """The most of the arena that keys and values took, looked at twice a second."""
+
+    kv: int = 0  # chunks
+
+    async def watch(self, client: EngineClient) -> None:
+        while True:
+            self.kv = max(self.kv, (await client.stats()).chunks["kv"])
+            await asyncio.sleep(0.5)
+
+
+async def arena(client: EngineClient, scale: Capped, report: Report, what: str) -> tuple[float, int]:
+    """(tokens a second, most chunks of KV) of streams in turn over many adapters; the arena is the caller's."""
     names = await load_adapters(client, "c", scale.adapters, scale.rank, scale.modules)
-    before = await client.stats()
-    outcome = await _in_turn(client, names, scale)
+    before, watched = await client.stats(), Watched()
+    async with watching(watched.watch(client)):
+        outcome = await _in_turn(client, names, scale)
     loads, evictions = moved(before, await client.stats())
     chunks = client.model.num_chunks
     rate = outcome.tokens_per_second(scale.warm)
     name = f"{scale.adapters} adapters r{scale.rank} {scale.modules}, Zipf 1.0, {what} arena"
-    report.add(name, "tokens/s", [rate], note=f"{chunks} chunks, {loads} loads, {evictions} evictions")
+    note = f"{chunks} chunks, up to {watched.kv} of KV, {loads} loads, {evictions} evictions"
+    report.add(name, "tokens/s", [rate], note=note)
     report.add(f"{name}: loads", "times", [loads])
     report.add(f"{name}: evictions", "times", [evictions])
-    return rate
+    return rate, watched.kv
 
 
-def capped_tokens(scale: Capped, block_tokens: int, adapter_chunks: int) -> int:
-    """--max-total-tokens for the KV of all streams at their mean whole length, and the adapters that are to fit."""
-    return int(scale.streams * sum(scale.lengths)) + scale.fitting * adapter_chunks * block_tokens
+@contextlib.asynccontextmanager
+async def watching(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Runs beside, and ends with, what stands inside."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 async def _in_turn(client: EngineClient, names: Sequence[str], scale: Trace | Capped) -> Outcome:

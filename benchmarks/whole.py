@@ -115,21 +115,20 @@ def write_files(folder: Path, scale: Scale) -> list[Path]:
 
 
 async def _capped(scale: Scale, report: Report) -> None:
-    """Two engines one after the other: only their arenas differ."""
-    whole = msgspec.structs.replace(scale.engine, **scale.capped_engine)
-    rates = []
-    for name, config in (("uncapped", whole), ("capped", capped_config(scale, whole))):
-        async with engine(scale.model, config) as client:
-            rates.append(await traces.arena(client, scale.capped, report, name))
-    report.add("arena capped over uncapped, throughput", "x", [rates[1] / rates[0]])
+    """Two engines one after the other: only their arenas differ. The second holds the first's KV and a few adapters."""
+    config = msgspec.structs.replace(scale.engine, **scale.capped_engine)
+    async with engine(scale.model, config) as client:
+        whole, kv = await traces.arena(client, scale.capped, report, "uncapped")
+    async with engine(scale.model, capped_config(scale, config, kv)) as client:
+        capped, _ = await traces.arena(client, scale.capped, report, "capped")
+    report.add("arena capped over uncapped, throughput", "x", [capped / whole])
 
 
-def capped_config(scale: Scale, config: EngineConfig) -> EngineConfig:
+def capped_config(scale: Scale, config: EngineConfig, kv_chunks: int) -> EngineConfig:
     dims = dims_of(scale.model)
     geometry = make_geometry(dims, torch.bfloat16.itemsize)
-    chunks = geometry.adapter_chunks(dims, scale.capped.rank, QKVO)
-    tokens = traces.capped_tokens(scale.capped, geometry.block_tokens, chunks)
-    return msgspec.structs.replace(config, max_total_tokens=tokens)
+    adapters = scale.capped.fitting * geometry.adapter_chunks(dims, scale.capped.rank, QKVO)
+    return msgspec.structs.replace(config, max_total_tokens=(kv_chunks + adapters) * geometry.block_tokens)
 
 
 def dims_of(model: Mapping[str, Any]) -> ModelDims:

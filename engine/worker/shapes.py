@@ -21,6 +21,8 @@ from kernels.step_meta import step_fields
 DEFAULT_GRAPH_MAX = 256
 GRAPH_STEPS = ((4, 1), (8, 4), (64, 8), (128, 16), (512, 32))  # (up to this many rows, in steps of)
 MIXED_GRAPHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)  # tokens; mixed steps above run without a graph
+# With adapters a step is twice as many launches: up to this size the host would not keep up with the device.
+LORA_MIXED_GRAPHS = (*MIXED_GRAPHS, *range(576, 1025, 64))
 SMALL_STEP = 4 * PREFILL_TILE  # tokens up to which LoRA's work items are as small as in decode steps
 WINDOWED = "windowed_"  # prefix of the second set of attention lists
 
@@ -89,12 +91,15 @@ class Shapes:
         self._made: dict[tuple[int, int, bool, bool], StepShape] = {}
         limit = min(machine.max_running, DEFAULT_GRAPH_MAX if max_graph is None else max_graph)
         self.decode_buckets = tuple(_ladder(limit))
-        self.mixed_buckets = tuple(t for t in MIXED_GRAPHS if mixed_graphs and t <= machine.step_tokens)
+        self._mixed_buckets = {
+            lora: tuple(t for t in sizes if mixed_graphs and t <= machine.step_tokens)
+            for lora, sizes in ((False, MIXED_GRAPHS), (True, LORA_MIXED_GRAPHS))
+        }
 
     def graphs(self, *, lora: bool) -> list[StepShape]:
         """Every shape that is captured, the largest first, so that later ones reuse its memory."""
         decodes = [self.make(size, size, prefill=False, lora=lora) for size in self.decode_buckets]
-        mixed = [self._mixed(size, lora) for size in self.mixed_buckets]
+        mixed = [self._mixed(size, lora) for size in self._mixed_buckets[lora]]
         return [*reversed(mixed), *reversed(decodes)]
 
     def choose(self, tokens: int, sequences: int, *, lora: bool) -> StepShape:
@@ -111,9 +116,10 @@ class Shapes:
                 size = self.decode_buckets[at]
                 return self.make(size, size, prefill=False, lora=lora)
             return self.make(_round(tokens, 64), _round(tokens, 64), prefill=False, lora=lora)
-        at = bisect_left(self.mixed_buckets, tokens)
-        if at < len(self.mixed_buckets):
-            return self._mixed(self.mixed_buckets[at], lora)
+        mixed = self._mixed_buckets[lora]
+        at = bisect_left(mixed, tokens)
+        if at < len(mixed):
+            return self._mixed(mixed[at], lora)
         rows = _round(tokens, 64 if tokens <= 1024 else 256)
         return self.make(rows, _power_of_two(sequences), prefill=True, lora=lora)
 
