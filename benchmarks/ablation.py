@@ -38,7 +38,7 @@ BASE = {
     "off again": OFF,
     "default": Overlap(),
 }
-LORA = {"off": OFF, "pdl": Overlap(fetch=0, adapters=True), "all": Overlap(adapters=True), "off again": OFF}
+LORA = {"off": OFF, "pdl": Overlap(fetch=0), "all": Overlap(), "off again": OFF}
 BASE_BATCHES = (1, 8, 16, 32, 64, 128)
 LORA_CASES = ((8, 8, 16), (32, 8, 16), (64, 8, 16), (128, 8, 16), (64, 32, 16), (32, 8, 64))
 FIRST = 0, 3, 4, 6  # modules of qkv, o, gate_up, down

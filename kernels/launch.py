@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kernels.lora_meta import LoraBounds, LoraGroup, split_bound
 
-PREFILL_TILE = 128  # rows of a LoRA work item in steps of many tokens; decodes take 16
+PREFILL_TILE = 128  # rows of a LoRA work item in steps of many tokens; others take 16
+SMALL_STEP = 2048  # tokens up to which they do: an item of few rows costs as much as its tile
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

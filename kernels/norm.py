@@ -1,6 +1,7 @@
 """RMSNorm, alone and with the residual sum (and a LoRA delta) before it."""
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -129,7 +130,8 @@ def _launch(
     require(delta is None or counts is not None, "a delta needs the counts of its rows")
     require(out.shape == x.shape and x.shape[1] == weight.shape[0], "rows and weight differ in size")
     block, rows = power_of_two(x.shape[1]), x.shape[0]
-    warps = max(1, min(16, block // 512))
+    wide = residual is not None and residual.dtype == torch.float32  # more bytes a row: more loads under way at once
+    warps = max(1, min(32, block // 128) if wide else min(16, block // 512))
     _rms_norm[(rows + ahead_rows(ahead, warps),)](
         out,
         x,

@@ -116,8 +116,7 @@ class DeviceDecoder:
         embed(residual, weights.embed, step.ids, self._last_token)
         rms_norm(hidden, residual, weights.layers[0].attention_norm, self._config.norm_eps)
         following = [layer.attention_norm for layer in weights.layers[1:]]
-        lora = step.lora is not None
-        self._pdl, fetches = self._overlap.dependent(rows, lora=lora), self._overlap.fetches(rows, lora=lora)
+        self._pdl, fetches = self._overlap.dependent(rows), self._overlap.fetches(rows)
         for index, (layer, norm) in enumerate(zip(weights.layers, [*following, weights.norm], strict=True)):
             ahead = self._ahead[index] if fetches else NOTHING
             self._attend(index, layer, step, hidden, ahead)

@@ -23,13 +23,12 @@ class Overlap:
     fetch: int = 4 * MIB  # bytes of each weight that are fetched while the kernel before its product runs
     fetch_tokens: int = 16  # of the largest step that fetches: beyond, attention wants the memory and the cache itself
     pdl: bool = True  # a kernel may start before the one ahead of it has ended
-    adapters: bool = False  # in steps with adapters too: not every benchmark of those has shown the same bits yet
 
-    def fetches(self, tokens: int, *, lora: bool) -> bool:
-        return self.fetch > 0 and tokens <= self.fetch_tokens and (self.adapters or not lora)
+    def fetches(self, tokens: int) -> bool:
+        return self.fetch > 0 and tokens <= self.fetch_tokens
 
-    def dependent(self, tokens: int, *, lora: bool) -> bool:
-        return self.pdl and tokens <= PDL_TOKENS and (self.adapters or not lora)
+    def dependent(self, tokens: int) -> bool:
+        return self.pdl and tokens <= PDL_TOKENS
 
 
 OFF = Overlap(fetch=0, pdl=False)

@@ -13,7 +13,7 @@ from engine.geometry import PIECE_RANKS, Geometry
 from engine.models.config import ModelConfig
 from engine.worker.memory import DEFAULT_LORA_RANK
 from kernels.attention_meta import AttentionBounds, decode_splits
-from kernels.launch import PREFILL_TILE, q_tile
+from kernels.launch import PREFILL_TILE, SMALL_STEP, q_tile
 from kernels.layout import KvLayout
 from kernels.lora_meta import DECODE_TILE, HEADER, LoraBounds, PackedLayout
 from kernels.step_meta import step_fields
@@ -23,7 +23,6 @@ GRAPH_STEPS = ((4, 1), (8, 4), (64, 8), (128, 16), (512, 32))  # (up to this man
 MIXED_GRAPHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)  # tokens; mixed steps above run without a graph
 # With adapters a step is twice as many launches: up to this size the host would not keep up with the device.
 LORA_MIXED_GRAPHS = (*MIXED_GRAPHS, *range(576, 1025, 64))
-SMALL_STEP = 4 * PREFILL_TILE  # tokens up to which LoRA's work items are as small as in decode steps
 WINDOWED = "windowed_"  # prefix of the second set of attention lists
 
 

@@ -44,7 +44,6 @@ ADAPTERS: tuple[dict[int, int], ...] = (
     dict.fromkeys(EVERY, 16),
 )
 TOKENS = 12
-EVERYTHING = Overlap(adapters=True)
 
 
 def start(folder: Path, **settings: Any) -> Worker:
@@ -148,8 +147,8 @@ def test_top_of_a_large_arena(crowd: Case, figures: Figures) -> None:
 
 @pytest.mark.parametrize(
     ("graphs", "overlap"),
-    [(False, OFF), (False, EVERYTHING), (True, OFF), (True, Overlap()), (True, EVERYTHING)],
-    ids=["in line", "overlapped", "graphs", "default", "overlapped graphs"],
+    [(False, OFF), (False, Overlap()), (True, OFF), (True, Overlap())],
+    ids=["in line", "overlapped", "graphs", "overlapped graphs"],
 )
 def test_graphs_and_overlap_change_nothing(crowd: Case, graphs: bool, overlap: Overlap) -> None:
     """The same shapes launched eagerly, one kernel after the other: the same bits."""

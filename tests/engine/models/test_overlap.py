@@ -32,22 +32,20 @@ def read(ahead: Ahead | None) -> tuple[Tensor, int]:
 
 
 @pytest.mark.parametrize(
-    ("overlap", "tokens", "lora", "fetches", "dependent"),
+    ("overlap", "tokens", "fetches", "dependent"),
     [
-        (Overlap(), 1, False, True, True),
-        (Overlap(), 16, False, True, True),
-        (Overlap(), 17, False, False, True),
-        (Overlap(), PDL_TOKENS + 1, False, False, False),
-        (Overlap(), 1, True, False, False),
-        (Overlap(adapters=True), 1, True, True, True),
-        (replace(Overlap(), fetch=0), 1, False, False, True),
-        (replace(Overlap(), pdl=False), 1, False, True, False),
-        (OFF, 1, False, False, False),
+        (Overlap(), 1, True, True),
+        (Overlap(), 16, True, True),
+        (Overlap(), 17, False, True),
+        (Overlap(), PDL_TOKENS + 1, False, False),
+        (replace(Overlap(), fetch=0), 1, False, True),
+        (replace(Overlap(), pdl=False), 1, True, False),
+        (OFF, 1, False, False),
     ],
     ids=str,
 )
-def test_small_steps_overlap(overlap: Overlap, tokens: int, lora: bool, fetches: bool, dependent: bool) -> None:
-    assert (overlap.fetches(tokens, lora=lora), overlap.dependent(tokens, lora=lora)) == (fetches, dependent)
+def test_small_steps_overlap(overlap: Overlap, tokens: int, fetches: bool, dependent: bool) -> None:
+    assert (overlap.fetches(tokens), overlap.dependent(tokens)) == (fetches, dependent)
 
 
 def test_each_kernel_fetches_what_the_next_product_reads() -> None:
