@@ -5,7 +5,7 @@ What is built from an adapter's chunks is kept only if the adapter stayed reside
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.adapters.merged import PieceViews, merge
 from engine.layers.lora import AdapterSet
+from engine.layers.packing import Packer
 from engine.models.dims import LORA_MODULES, ModelDims
 from engine.plan import AdapterLoad
 from engine.worker.background import BackgroundThread
@@ -64,6 +65,7 @@ class AdapterBank:
         self._thread = thread
         self._merged_limit = merged_bytes
         self._merged_least = merged_least  # as many stay merged whatever their bytes: those that a batch may hold
+        self._packer = Packer()
         self._lock = threading.Lock()
         self._resident: dict[int, PieceViews] = {}
         self._merged: dict[int, AdapterSet] = {}  # least recently used first
@@ -87,7 +89,7 @@ class AdapterBank:
         with self._lock:
             merged = self._merged.pop(adapter_id, None)
             views = self._resident[adapter_id]
-        return self._keep(adapter_id, views, merged or merge(self._dims, {adapter_id: views}))
+        return self._keep(adapter_id, views, merged or self._merge({adapter_id: views}))
 
     def stack(self) -> AdapterSet | None:
         """The last set that was built on request."""
@@ -119,10 +121,13 @@ class AdapterBank:
             views = self._views(load.chunks, adapter.layout.places)
             with self._lock:
                 self._resident[load.adapter_id] = views
-            self._keep(load.adapter_id, views, merge(self._dims, {load.adapter_id: views}))
+            self._keep(load.adapter_id, views, self._merge({load.adapter_id: views}))
         except Exception as error:  # told to whoever asked for the load
             return error
         return None
+
+    def _merge(self, adapters: Mapping[int, PieceViews]) -> AdapterSet:
+        return merge(self._dims, adapters, self._packer.pack)
 
     def _keep(self, adapter_id: int, views: PieceViews, merged: AdapterSet) -> AdapterSet:
         """Remembers a merged adapter while its views are valid, within the limit of bytes."""
@@ -140,7 +145,7 @@ class AdapterBank:
         try:
             with self._lock:
                 views = {i: self._resident[i] for i in adapter_ids if i in self._resident}
-            stack = merge(self._dims, views)
+            stack = self._merge(views)
             with self._lock:
                 if all(self._resident.get(i) is v for i, v in views.items()):
                     self._stack = stack

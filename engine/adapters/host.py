@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.adapters.layout import SIDE_A, Layout, Place, pack
+from engine.adapters.pages import fresh_pages
 from engine.adapters.peft import AdapterFile, LoraPair
 from engine.adapters.spec import AdapterSpec, invalid
 from engine.adapters.tensorfile import all_finite
@@ -188,7 +189,7 @@ class PagePool:
         """Adds one slab; where memory is refused, what there is becomes the capacity."""
         count = min(self._slab_pages, self.capacity - self._pages)
         try:
-            slab = torch.empty(count, self._page_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+            slab = self._allocate(count)
         except (RuntimeError, MemoryError):
             slab, count = torch.empty(0, self._page_bytes, dtype=torch.uint8), 0
         with self._changed:
@@ -198,6 +199,12 @@ class PagePool:
             if not count:
                 self.capacity = self._pages
             self._changed.notify_all()
+
+    def _allocate(self, count: int) -> Tensor:
+        """[count, page_bytes] uint8."""
+        if self._pinned:
+            return torch.empty(count, self._page_bytes, dtype=torch.uint8, pin_memory=True)
+        return fresh_pages(count * self._page_bytes).view(count, self._page_bytes)
 
 
 def _fill(pages: tuple[Tensor, ...], layout: Layout, file: AdapterFile, dims: ModelDims, dtype: torch.dtype) -> None:

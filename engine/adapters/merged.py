@@ -3,28 +3,30 @@
 Built off the step's path, when an adapter becomes resident or the set in use changes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from engine.layers.linear import REDUCTION_BLOCK, make_product
 from engine.layers.lora import SITE_MODULES, AdapterSet, SitePair
+from engine.layers.packing import reorder
 from engine.models.dims import LORA_MODULES, ModelDims
 
 # (layer, module) -> blocks of (A [ranks, in], B [out, ranks]), in the order of their ranks; views into the arena
 PieceViews = Mapping[tuple[int, int], Sequence[tuple[Tensor, Tensor]]]
 
+Pack = Callable[[Tensor], Tensor]
 NOBODY = -2  # owner of columns that only fill up a block; no token's
 
 
-def merge(dims: ModelDims, adapters: Mapping[int, PieceViews]) -> AdapterSet:
+def merge(dims: ModelDims, adapters: Mapping[int, PieceViews], pack: Pack = reorder) -> AdapterSet:
     """Merges the adapters, in the mapping's order, into one set."""
     views, elements, layers = list(adapters.values()), 0, []
     for layer in range(dims.layers):
         row: list[SitePair | None] = []
         for modules in SITE_MODULES:
-            pair, size = _merge_site(dims, views, layer, modules)
+            pair, size = _merge_site(dims, views, layer, modules, pack)
             row.append(pair)
             elements += size
         layers.append(tuple(row))
@@ -32,7 +34,7 @@ def merge(dims: ModelDims, adapters: Mapping[int, PieceViews]) -> AdapterSet:
 
 
 def _merge_site(
-    dims: ModelDims, adapters: Sequence[PieceViews], layer: int, modules: tuple[int, ...]
+    dims: ModelDims, adapters: Sequence[PieceViews], layer: int, modules: tuple[int, ...], pack: Pack
 ) -> tuple[SitePair | None, int]:
     """The pair of one site and its number of weights."""
     blocks = [
@@ -55,7 +57,8 @@ def _merge_site(
         ranks = slice(columns[owner], columns[owner] + a.shape[0])
         a_all[ranks], b_all[offset : offset + b.shape[0], ranks], owner_of[ranks] = a, b, owner
         columns[owner] = ranks.stop
-    return SitePair(make_product(a_all), make_product(b_all), owner_of, tuple(widths)), a_all.numel() + b_all.numel()
+    products = make_product(a_all, pack=pack), make_product(b_all, pack=pack)
+    return SitePair(*products, owner_of, tuple(widths)), a_all.numel() + b_all.numel()
 
 
 def _columns(widths: Sequence[int]) -> tuple[list[int], int]:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.adapters.pages import fresh_pages
 from engine.adapters.spec import invalid
 from engine.types import TENSORS_FILE
 
@@ -64,7 +65,7 @@ def read_body(stream: BinaryIO, header: Header, seen: Callable[[memoryview], Non
 
     Raises EngineError (ADAPTER_INVALID).
     """
-    body = np.empty(header.body_bytes, np.uint8)
+    body = fresh_pages(header.body_bytes).numpy()
     view, done = body.data, 0
     while done < len(view):
         count = stream.readinto(view[done : done + READ_AT_ONCE])  # type: ignore[attr-defined]

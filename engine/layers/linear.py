@@ -5,13 +5,15 @@ do not depend on the rows beside it, in float32 and bfloat16 alike. There is one
 `REDUCTION_BLOCK` features is added up in another order than several rows, so it is multiplied beside its own copy.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PACK_ROWS = 16  # rows of input that the packed layout is chosen for; it serves every number of rows
+from engine.layers.packing import reorder
+
 REDUCTION_BLOCK = 1024  # input features that are added up at one go; the sums of such blocks are added afterwards
 
 
@@ -39,12 +41,12 @@ class PlainProduct:
 
 
 class PackedProduct:
-    """The weight in oneDNN's blocked layout. Keeps no other copy."""
+    """The weight in oneDNN's blocked layout, a copy by `pack`. Keeps no other."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, pack: Callable[[Tensor], Tensor] = reorder) -> None:
         ops: Any = torch.ops.mkldnn
         self.out_features = weight.shape[0]
-        self._weight = ops._reorder_linear_weight.default(weight.contiguous(), PACK_ROWS)
+        self._weight = pack(weight)
         self._bias = bias
         self._plain = ops._linear_pointwise.default
         self._added = ops._linear_pointwise.binary
@@ -61,9 +63,12 @@ class PackedProduct:
         return self._added(x, addend, self._weight, self._bias, "add")  # type: ignore[no-any-return]
 
 
-def make_product(weight: Tensor, bias: Tensor | None = None) -> Product:
-    """The fastest form of the product that this build of torch has for the weight's device and dtype."""
-    return PackedProduct(weight, bias) if can_pack(weight) else PlainProduct(weight, bias)
+def make_product(weight: Tensor, bias: Tensor | None = None, pack: Callable[[Tensor], Tensor] = reorder) -> Product:
+    """The fastest form of the product that this build of torch has for the weight's device and dtype.
+
+    Who makes many of few shapes gives a Packer's `pack`; the product is the same.
+    """
+    return PackedProduct(weight, bias, pack) if can_pack(weight) else PlainProduct(weight, bias)
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.adapters.host import HostAdapter, HostTier, default_budget
 from engine.adapters.layout import SIDE_A
+from engine.adapters.pages import fresh_pages
 from engine.adapters.peft import AdapterFile, read_adapter
 from engine.adapters.spec import AdapterLimits
 from engine.geometry import PIECE_RANKS, make_geometry
@@ -141,14 +142,14 @@ def test_refused_memory_becomes_the_capacity(tmp_path: Path, monkeypatch: pytest
     file = load(tmp_path, rank=16)
     page = make_geometry(DIMS, 4).chunk_bytes
     host = tier(max_bytes=100 * page, slab_bytes=page)
-    real, left = torch.empty, threading.Semaphore(2 * host.layout(file.spec).chunks)
+    left = threading.Semaphore(2 * host.layout(file.spec).chunks)
 
-    def scarce(*shape: int, **options: object) -> Tensor:
-        if shape[0] and not left.acquire(blocking=False):
-            raise RuntimeError("no memory")
-        return real(*shape, **options)  # type: ignore[call-overload,no-any-return]
+    def scarce(size: int) -> Tensor:
+        if not left.acquire(blocking=False):
+            raise MemoryError("no memory")
+        return fresh_pages(size)
 
-    monkeypatch.setattr(torch, "empty", scarce)
+    monkeypatch.setattr("engine.adapters.host.fresh_pages", scarce)
     stored = 0
     with contextlib.suppress(EngineError):
         for stored in range(100):
