@@ -27,7 +27,7 @@ class KvSource(Protocol):
     """Where a group's keys and values come from, padded to one capacity."""
 
     def read(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """`kv`: this step's, [tokens, 2 * kv_heads, head_dim]. Returns K and V, each [batch, capacity, head_dim]."""
+        """`kv`: this step's, see `Layout`. Returns K and V, each [batch, capacity, head_dim]."""
         ...
 
 
@@ -47,12 +47,13 @@ class Gathered:
 class Mirrored:
     """A lane of the mirror, which the step's own tokens join before it is read."""
 
-    def __init__(self, lane: Lane, rows: Tensor) -> None:
+    def __init__(self, lane: Lane, taken: slice, rows: Tensor) -> None:
         self._lane = lane
-        self._rows = rows  # [tokens, 2 * kv_heads] int64
+        self._taken = taken  # of the step's keys and values
+        self._rows = rows  # [members * 2 * kv_heads] int64: where in the lane they go
 
     def read(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
-        self._lane.tokens(layer)[self._rows] = kv
+        self._lane.tokens(layer).index_copy_(0, self._rows, kv[self._taken])
         return self._lane.keys_values(layer)
 
 
@@ -60,16 +61,32 @@ class Mirrored:
 class Group:
     """Queries that attend together: single tokens of several sequences, or several tokens of one."""
 
-    tokens: Tensor | slice  # which tokens of the batch: [sequences * queries] int64, or a range
-    sequences: int
-    queries: int  # for each sequence
+    tokens: NDArray[np.int64]  # [sequences, queries]: which tokens of the batch
     mask: Tensor  # [sequences * kv_heads or 1, queries * group or 1, capacity]: 0 or -inf
     window_mask: Tensor  # the same with the sliding window
     source: KvSource
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a step's heads are laid out for the products: all queries, group by group, then keys and values by token.
+
+    In a group queries are ordered by sequence, KV head, token; tokens whose keys and values a lane takes come first.
+    """
+
+    split: Tensor  # [tokens * (heads + 2 kv_heads)] int64: heads of the batch in the layout's order
+    merge: Tensor  # [tokens * heads] int64: the layout's queries in the batch's order
+    queries: int  # tokens * heads
+    stored: Tensor  # int64: rows of layer 0's arena that take the keys and values behind the mirrored ones
+    mirrored: Tensor  # [layers * mirrored tokens * 2 kv_heads] int64: rows of the arena for those, over all layers
+    mirrored_rows: int  # keys and values of one layer that a lane takes
+
+
 class TorchAttention:
-    """Stores keys and values in the arena's chunks and reads them back by block table. `begin` once a step."""
+    """Keeps keys and values in the arena's chunks and reads them back by block table or from the mirror's lanes.
+
+    `begin` and `finish` once a step. What a lane has taken reaches the arena in `finish`, for all layers at once.
+    """
 
     def __init__(
         self,
@@ -92,58 +109,84 @@ class TorchAttention:
         self._window_layers = window_layers or (False,) * dims.layers
         self._mirror = KvMirror(arena, dims, block_tokens, mirror_bytes)
         self._groups: list[Group] = []
-        self._stored = torch.empty(0, dtype=torch.int64)
+        self._layout: Layout | None = None
+        self._taken: list[Tensor] = []  # by layer, what lanes have taken
 
     def begin(self, batch: Batch) -> None:
         """Computes what all layers share: where to store, what to read, what to mask."""
         if batch.fresh_chunks:  # masked keys and values are multiplied by zero, so they must be numbers
             self._arena[list(batch.fresh_chunks)] = 0
-        self._stored = self._store_index(batch)
         self._groups = self._decode_groups(batch)
         for span in batch.spans:
             if span.length > 1:
                 self._groups += self._prefill_groups(batch, span)
+        self._layout = self._lay_out(batch)
+        self._taken = []
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """[tokens, (heads + 2 kv_heads) * head_dim], rotated -> [tokens, heads * head_dim]."""
-        dims = self._dims
-        self._tokens[layer][self._stored] = self._heads(qkv)[:, dims.heads :]
-        if len(self._groups) == 1 and isinstance(self._groups[0].tokens, slice):  # all tokens, in their order
-            return self._attend(layer, self._groups[0], qkv)
-        out = qkv.new_empty(qkv.shape[0], dims.heads * dims.head_dim)
+        layout = self._layout
+        if layout is None:
+            raise RuntimeError("attention without begin")
+        heads = qkv.view(-1, self._dims.head_dim).index_select(0, layout.split)
+        queries, kv = heads[: layout.queries], heads[layout.queries :]
+        if layout.mirrored_rows:
+            self._taken.append(kv[: layout.mirrored_rows])
+        if layout.stored.numel():
+            self._tokens[layer].index_copy_(0, layout.stored, kv[layout.mirrored_rows :])
+        out, end = torch.empty_like(queries), 0
         for group in self._groups:
-            _put(out, group.tokens, self._attend(layer, group, _pick(qkv, group.tokens)))
-        return out
+            start, end = end, end + group.tokens.size * self._dims.heads
+            self._attend(layer, group, queries[start:end], kv, out[start:end])
+        return out.index_select(0, layout.merge).view(qkv.shape[0], -1)
 
-    def _heads(self, qkv: Tensor) -> Tensor:
-        return qkv.view(qkv.shape[0], self._dims.heads + self._per_layer, self._dims.head_dim)
+    def finish(self) -> None:
+        """Brings to the arena what the step's lanes have taken."""
+        if self._layout is not None and self._taken:
+            self._tokens[0].index_copy_(0, self._layout.mirrored, torch.cat(self._taken))
+            self._taken = []
 
-    def _attend(self, layer: int, group: Group, qkv: Tensor) -> Tensor:
-        """[sequences * queries, (heads + 2 kv_heads) * head_dim] -> [sequences * queries, heads * head_dim]."""
-        dims, heads = self._dims, self._heads(qkv)
-        k, v = group.source.read(layer, heads[:, dims.heads :])
-        queries = self._by_kv_head(heads[:, : dims.heads], group)
+    def _attend(self, layer: int, group: Group, queries: Tensor, kv: Tensor, out: Tensor) -> None:
+        """[sequences * kv_heads * queries * heads of a KV head, head_dim] -> `out`, the same."""
+        k, v = group.source.read(layer, kv)
         mask = group.window_mask if self._window_layers[layer] else group.mask
-        scores = torch.baddbmm(mask, queries, k.transpose(1, 2), alpha=dims.head_dim**-0.5)
-        out = torch.bmm(scores.softmax(-1), v)
-        if group.queries > 1:
-            shape = (group.sequences, dims.kv_heads, group.queries, -1)
-            out = out.view(shape).transpose(1, 2)
-        return out.reshape(qkv.shape[0], -1)
+        shape = (k.shape[0], -1, k.shape[2])
+        scores = torch.baddbmm(mask, queries.view(shape), k.transpose(1, 2), alpha=self._dims.head_dim**-0.5)
+        torch.bmm(scores.softmax(-1), v, out=out.view(shape))
 
-    def _by_kv_head(self, q: Tensor, group: Group) -> Tensor:
-        """[sequences * queries, heads, head_dim] -> [sequences * kv_heads, queries * heads of a KV head, head_dim]."""
+    def _lay_out(self, batch: Batch) -> Layout:
+        """The groups' order; theirs start with the lanes'."""
+        dims, heads = self._dims, self._dims.heads + self._per_layer
+        queries = np.concatenate([self._query_rows(group.tokens) for group in self._groups])
+        tokens = np.concatenate([group.tokens.reshape(-1) for group in self._groups])
+        kv = (tokens[:, None] * heads + np.arange(dims.heads, heads)).reshape(-1)
+        merge = np.empty(len(queries), np.int64)
+        merge[queries // heads * dims.heads + queries % heads] = np.arange(len(queries))
+        mirrored = sum(group.tokens.size for group in self._groups if isinstance(group.source, Mirrored))
+        stored = self._store_index(batch)[tokens]
+        layers = np.arange(dims.layers)[:, None] * (self._per_layer * self._block)
+        return Layout(
+            split=self._tensor(np.concatenate([queries, kv])),
+            merge=self._tensor(merge),
+            queries=len(queries),
+            stored=self._tensor(stored[mirrored:].reshape(-1)),
+            mirrored=self._tensor((layers + stored[:mirrored].reshape(-1)).reshape(-1)),
+            mirrored_rows=mirrored * self._per_layer,
+        )
+
+    def _query_rows(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[sequences * kv_heads * queries * heads of a KV head]: which heads of the batch a group asks with."""
         dims = self._dims
-        if group.queries > 1:
-            q = q.reshape(group.sequences, group.queries, dims.kv_heads, -1).transpose(1, 2)
-        return q.reshape(group.sequences * dims.kv_heads, -1, dims.head_dim)
+        heads = np.arange(dims.heads).reshape(1, dims.kv_heads, 1, -1)
+        return (tokens[:, None, :, None] * (dims.heads + self._per_layer) + heads).reshape(-1)
 
-    def _store_index(self, batch: Batch) -> Tensor:
-        """[tokens, 2 * kv_heads] int64: rows of layer 0 that take each token's keys and values."""
+    def _store_index(self, batch: Batch) -> NDArray[np.int64]:
+        """[tokens, 2 * kv_heads]: rows of layer 0 that take each token's keys and values."""
         positions = batch.positions.cpu().numpy()
         chunks = batch.block_table[batch.token_rows, positions // self._block]
         pages = self._first_page(chunks)[:, None] + np.arange(self._per_layer)
-        return self._tensor(pages * self._block + (positions % self._block)[:, None])
+        rows: NDArray[np.int64] = pages * self._block + (positions % self._block)[:, None]
+        return rows
 
     def _decode_groups(self, batch: Batch) -> list[Group]:
         """Sequences of like length share a product, padded to the same number of blocks."""
@@ -152,22 +195,20 @@ class TorchAttention:
             if span.length == 1:
                 by_blocks.setdefault(bucket(-(-span.context // self._block)), []).append(span)
         lanes, rest = self._mirror.update(by_blocks, batch.block_table)
-        groups = []
+        groups, end = list[Group](), 0
         for lane, spans in ((group.lane, group.spans) for group in lanes):
-            rows = self._tensor(lane.rows(np.array([span.start for span in spans])))
-            groups.append(self._decode_group(batch, spans, lane.capacity, Mirrored(lane, rows)))
+            rows = self._tensor(lane.rows(np.array([span.start for span in spans])).reshape(-1))
+            start, end = end, end + len(rows)
+            groups.append(self._decode_group(spans, lane.capacity, Mirrored(lane, slice(start, end), rows)))
         for blocks, members in rest.items():
             source = self._gathered(batch, members, blocks)
-            groups.append(self._decode_group(batch, members, blocks * self._block, source))
+            groups.append(self._decode_group(members, blocks * self._block, source))
         return groups
 
-    def _decode_group(self, batch: Batch, spans: Sequence[Span], capacity: int, source: KvSource) -> Group:
+    def _decode_group(self, spans: Sequence[Span], capacity: int, source: KvSource) -> Group:
         positions = np.array([[span.start] for span in spans])
         masks = [mask.repeat_interleave(self._dims.kv_heads, 0)[:, None] for mask in self._masks(positions, capacity)]
-        firsts = [span.first for span in spans]
-        whole = firsts == list(range(len(batch.ids)))
-        tokens = slice(None) if whole else self._tensor(np.array(firsts))
-        return Group(tokens, len(spans), 1, masks[0], masks[1], source)
+        return Group(np.array([[span.first] for span in spans]), masks[0], masks[1], source)
 
     def _prefill_groups(self, batch: Batch, span: Span) -> list[Group]:
         """Slabs of one sequence's tokens, each with the keys up to its own last token."""
@@ -178,8 +219,8 @@ class TorchAttention:
             blocks = -(-(start + length) // self._block)
             positions, share = np.arange(start, start + length)[:, None], self._dims.heads // self._dims.kv_heads
             masks = [mask.repeat_interleave(share, 0)[None] for mask in self._masks(positions, blocks * self._block)]
-            tokens = slice(span.first + first, span.first + first + length)
-            groups.append(Group(tokens, 1, length, masks[0], masks[1], self._gathered(batch, [span], blocks)))
+            tokens = np.arange(span.first + first, span.first + first + length)[None]
+            groups.append(Group(tokens, masks[0], masks[1], self._gathered(batch, [span], blocks)))
         return groups
 
     def _gathered(self, batch: Batch, spans: Sequence[Span], blocks: int) -> Gathered:
@@ -210,17 +251,6 @@ class TorchAttention:
 
 
 def bucket(blocks: int) -> int:
-    """Blocks that a context is padded to: multiples of 4, then four steps an octave, so that few groups cover all."""
-    step = max(4, 1 << max(0, (blocks - 1).bit_length() - 3))
+    """Blocks that a context is padded to: multiples of 8, then four steps an octave, so that few groups cover all."""
+    step = max(8, 1 << max(0, (blocks - 1).bit_length() - 3))
     return -(-blocks // step) * step
-
-
-def _pick(rows: Tensor, tokens: Tensor | slice) -> Tensor:
-    return rows[tokens] if isinstance(tokens, slice) else rows.index_select(0, tokens)
-
-
-def _put(out: Tensor, tokens: Tensor | slice, rows: Tensor) -> None:
-    if isinstance(tokens, slice):
-        out[tokens] = rows
-    else:
-        out.index_copy_(0, tokens, rows)

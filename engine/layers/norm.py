@@ -1,17 +1,19 @@
 """RMS normalisation over the last dimension."""
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 
 class RmsNorm:
-    """x / rms(x) * weight, computed in float32 within the product."""
+    """x / rms(x) * weight, computed in float32. In fewer operations than torch's own, which is many on the CPU."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self._weight = weight  # [features]
-        self._shape = (weight.shape[0],)
-        self._eps = eps
+        self._weight = weight.float()  # [features]
+        self._eps = torch.full((1,), eps, device=weight.device)  # [1] float32
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., features] -> the same."""
-        return F.rms_norm(x, self._shape, self._weight, self._eps)
+        y = x.to(torch.float32, copy=True)
+        length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        scale = torch.addcmul(self._eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+        return y.mul_(scale).mul_(self._weight).to(x.dtype)

@@ -79,6 +79,7 @@ class Runner:
         batch = make_batch(plan, self._rows, self._block_tokens, self._device)
         self._attention.begin(batch)
         hidden = self._decoder.forward(batch.ids, batch.positions, self._attention, self._chooser.choose(batch))
+        self._attention.finish()
         self._forward = Forward(batch, hidden, started)
 
     def sample(

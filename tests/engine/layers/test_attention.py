@@ -57,17 +57,25 @@ class Bench:
         positions = torch.cat([torch.arange(s.start, s.context) for s in spans])
         rows = np.repeat([s.row for s in spans], [s.length for s in spans])
         self.attention.begin(Batch(positions, positions, rows, tuple(spans), (), self.table, tuple(fresh)))
-        return [self._layer(layer, positions, rows) for layer in range(self.dims.layers)]
+        inputs = [self._qkv(layer, positions) for layer in range(self.dims.layers)]
+        found = [self.attention(layer, qkv) for layer, qkv in enumerate(inputs)]
+        self.attention.finish()
+        return [
+            (f, self._expected(i, qkv, positions, rows)) for i, (f, qkv) in enumerate(zip(found, inputs, strict=True))
+        ]
 
-    def _layer(self, layer: int, positions: Tensor, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _qkv(self, layer: int, positions: Tensor) -> Tensor:
         dims, seed = self.dims, torch.Generator().manual_seed(int(positions.sum()) + layer)
-        qkv = torch.randn(len(rows), (dims.heads + 2 * dims.kv_heads) * dims.head_dim, generator=seed)
-        qkv = qkv.to(self.arena.dtype)
-        found = self.attention(layer, qkv)
+        qkv = torch.randn(len(positions), (dims.heads + 2 * dims.kv_heads) * dims.head_dim, generator=seed)
+        return qkv.to(self.arena.dtype)
+
+    def _expected(self, layer: int, qkv: Tensor, positions: Tensor, rows: np.ndarray) -> Tensor:
+        """What the plain reference reads in the arena, once the step is over."""
+        dims = self.dims
         shape = (dims.layers, dims.kv_heads, self.block, dims.head_dim)
         q = qkv.view(len(rows), -1, dims.head_dim)[:, : dims.heads]
         table = torch.from_numpy(self.table[rows])
-        return found, reference(q, self.arena, table, positions, layer, shape).reshape(len(rows), -1)
+        return reference(q, self.arena, table, positions, layer, shape).reshape(len(rows), -1)
 
 
 def walk(bench: Bench) -> list[tuple[Tensor, Tensor]]:
@@ -123,5 +131,5 @@ def test_what_was_in_a_lane_before_never_counts() -> None:
 
 def test_buckets_hold_their_contexts() -> None:
     for blocks in range(1, 2000):
-        assert blocks <= bucket(blocks) <= max(blocks + 3, blocks * 1.25)
+        assert blocks <= bucket(blocks) <= max(blocks + 7, blocks * 1.25)
     assert len({bucket(blocks) for blocks in range(1, 513)}) < 25
