@@ -7,6 +7,7 @@ a few turns. A turn's loads are compared with the two spans around them.
 
 import argparse
 import asyncio
+import gc
 import itertools
 import json
 import math
@@ -222,6 +223,8 @@ async def run(args: argparse.Namespace) -> None:
             make_adapter(Path(folder) / f"made{index:02}", config.dims, args.rank, index) for index in range(args.loads)
         ]
         flags = ("--served-model-name", "llama", "--max-lora-rank", str(max(args.rank, 64)), *args.flags)
+        gc.collect()
+        gc.freeze()  # or the client stands still for a fifth of a second whenever it looks through its modules
         async with (
             loramux(*model, *flags, threads=args.threads) as server,
             httpx.AsyncClient(base_url=server.base_url, timeout=600) as client,

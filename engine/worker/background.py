@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-NICENESS = 5  # a load must not starve either: requests wait for it
+NICENESS = 10  # beside busy neighbours a tenth of a core: a load must not starve either, requests wait for it
 log = logging.getLogger(__name__)
 
 
