@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,12 +24,14 @@ class Lane:
     """
 
     def __init__(self, arena_kv: Tensor, capacity_blocks: int, places: int) -> None:
-        self._arena = arena_kv  # [chunks, layers, 2, kv_heads, block_tokens, head_dim]
         _, layers, _, self._heads, self._block, self._dim = arena_kv.shape
+        self._arena = as_bytes(arena_kv.flatten(4))  # [chunks, layers, 2, kv_heads, bytes of a page]
         self.capacity = capacity_blocks * self._block  # tokens
         self.members: list[int] = []  # sequence ids
         self._lengths: dict[int, int] = {}  # sequence id -> tokens that are up to date
         self._kv = arena_kv.new_empty(layers, 2, places, self._heads, self.capacity, self._dim)
+        # [layers, 2, places, kv_heads, blocks, bytes of a page]: NumPy copies such slices 100 times as fast as torch
+        self._pages = as_bytes(self._kv.view(layers, 2, places, self._heads, capacity_blocks, -1))
         self._used = 0  # places ever used
 
     @property
@@ -78,7 +81,7 @@ class Lane:
         for place, member in enumerate(members):
             if member is None and outside:
                 source = outside.pop()
-                self._kv[:, :, place].copy_(self._kv[:, :, source])
+                self._pages[:, :, place] = self._pages[:, :, source]
                 members[place] = before[source]
             elif member is None:
                 members[place] = arriving.pop()
@@ -86,11 +89,16 @@ class Lane:
 
     def _fill(self, place: int, span: Span, block_table: NDArray[np.int64]) -> None:
         """Copies the blocks before the span from the arena and clears the rest."""
-        target, end = self._kv[:, :, place], 0
-        for chunk in block_table[span.row, : -(-span.start // self._block)].tolist():
-            target[:, :, :, end : end + self._block].copy_(self._arena[chunk])
-            end += self._block
-        target[:, :, :, end:].zero_()
+        target, blocks = self._pages[:, :, place], -(-span.start // self._block)
+        for block, chunk in enumerate(block_table[span.row, :blocks].tolist()):
+            target[:, :, :, block] = self._arena[chunk]
+        target[:, :, :, blocks:] = 0
+
+
+def as_bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    """The same memory, of the CPU; the last dimension in bytes."""
+    array: NDArray[np.uint8] = tensor.view(torch.uint8).numpy()
+    return array
 
 
 @dataclass(frozen=True, slots=True)
