@@ -63,7 +63,8 @@ class Packer:
 
 def _learn(weight: Tensor) -> Form | None:
     """The form of this shape and dtype in which weights lie as oneDNN would lay them."""
-    if not hasattr(torch.ops.mkldnn, "data_ptr") or weight.shape[1] * weight.itemsize % 4:
+    known = all(hasattr(torch.ops.mkldnn, name) for name in ("data_ptr", "_nbytes"))
+    if not known or weight.shape[1] * weight.itemsize % 4:
         return None
     probe, empty = _distinct(weight), reorder(torch.zeros_like(weight))
     wanted = reorder(probe)
