@@ -172,7 +172,7 @@ async def test_an_engine_that_stands_still_is_replaced(files: Files, tmp_path: P
 
 @pytest.mark.slow
 async def test_an_engine_that_dies_again_and_again_comes_back(files: Files, tmp_path: Path) -> None:
-    """Also with an adapter whose files are gone: the others are served."""
+    """Also with an adapter whose files are gone: it stays listed, with its error, and the others are served."""
     away = write_adapter(tmp_path / "away", files.model, rank=4)
     paths = (f"lora0={files.rank4}", f"away={away}")
     with serving(tmp_path / "log", *files.flags, "--lora-paths", *paths) as server:
@@ -184,9 +184,12 @@ async def test_an_engine_that_dies_again_and_again_comes_back(files: Files, tmp_
                 (away / "adapter_config.json").unlink(missing_ok=True)
                 await healthy_again(client)
                 assert await generate(client, "hello", "lora0") == before
-            models = names_of((await client.get("/v1/models")).json()["data"])
-            assert models == ["llama", "llama:lora0"]
-            assert "adapter 'away' is not served any more" in server.text()
+            told = (await client.get("/v1/lora_adapters")).json()["data"]
+            assert {adapter["name"]: adapter["state"] for adapter in told} == {"lora0": "resident", "away": "failed"}
+            refused = await client.post("/v1/completions", json={"model": "llama:away", "prompt": "hello"})
+            assert refused.status_code == 503
+            assert "no adapter_config.json" in refused.json()["error"]["message"]
+            assert "adapter 'away' cannot be loaded again" in server.text()
 
 
 def is_running(process: psutil.Process) -> bool:
