@@ -20,19 +20,18 @@ from engine.worker.batch import Span
 class Lane:
     """The members of one capacity, densely packed in its first places.
 
-    All places are allocated at once but memory is taken only when a place is first used: nothing is ever moved to grow.
+    There are as many places as were needed at once, rounded up to a power of two: memory that is touched for the first
+    time holds a step up, so that places for all who might come would cost more than moving the members when more do.
     """
 
-    def __init__(self, arena_kv: Tensor, capacity_blocks: int, places: int) -> None:
-        _, layers, _, self._heads, self._block, self._dim = arena_kv.shape
+    def __init__(self, arena_kv: Tensor, capacity_blocks: int, most: int) -> None:
+        _, self._layers, _, self._heads, self._block, self._dim = arena_kv.shape
         self._arena = as_bytes(arena_kv.flatten(4))  # [chunks, layers, 2, kv_heads, bytes of a page]
+        self._blocks, self._most = capacity_blocks, most
         self.capacity = capacity_blocks * self._block  # tokens
         self.members: list[int] = []  # sequence ids
         self._lengths: dict[int, int] = {}  # sequence id -> tokens that are up to date
-        self._kv = arena_kv.new_empty(layers, 2, places, self._heads, self.capacity, self._dim)
-        # [layers, 2, places, kv_heads, blocks, bytes of a page]: NumPy copies such slices 100 times as fast as torch
-        self._pages = as_bytes(self._kv.view(layers, 2, places, self._heads, capacity_blocks, -1))
-        self._used = 0  # places ever used
+        self._kv = arena_kv.new_empty(self._layers, 2, 0, self._heads, self.capacity, self._dim)
 
     @property
     def places(self) -> int:
@@ -41,11 +40,26 @@ class Lane:
     @property
     def nbytes(self) -> int:
         """Memory taken so far."""
-        return self.nbytes_for(self._used)
+        return self._kv.nbytes
 
     def nbytes_for(self, members: int) -> int:
         """Memory taken once so many members have been there."""
-        return self._kv.nbytes // self.places * max(members, self._used)
+        place = self._layers * 2 * self._heads * self.capacity * self._dim * self._kv.element_size()
+        return place * max(self._rounded(members), self.places)
+
+    def reserve(self, members: int) -> bool:
+        """Whether there are places for so many now; those who are there keep theirs."""
+        if members > self._most:
+            return False
+        if members > self.places:
+            before = self._kv
+            shape = (self._layers, 2, self._rounded(members), self._heads, self.capacity, self._dim)
+            try:
+                self._kv = before.new_empty(shape)
+            except RuntimeError:  # no memory for it
+                return False
+            self._pages()[:, :, : before.shape[2]] = self._pages(before)
+        return True
 
     def update(self, spans: Mapping[int, Span], block_table: NDArray[np.int64]) -> None:
         """Makes the members exactly these (by sequence id), each with its keys and values up to the span's start."""
@@ -56,7 +70,6 @@ class Lane:
             if sequence_id not in kept:
                 self._fill(place, spans[sequence_id], block_table)
         self._lengths = {i: span.context for i, span in spans.items()}
-        self._used = max(self._used, len(spans))
 
     def rows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """[members, 2 * kv_heads]: which row of `tokens` takes each member's key and value at its position."""
@@ -73,15 +86,23 @@ class Lane:
         k, v = self._kv[layer, :, : len(self.members)].flatten(1, 2).unbind(0)
         return k, v
 
+    def _rounded(self, members: int) -> int:
+        return min(1 << max(0, members - 1).bit_length(), self._most)
+
+    def _pages(self, kv: Tensor | None = None) -> NDArray[np.uint8]:
+        """[layers, 2, places, kv_heads, blocks, bytes of a page]: NumPy copies their slices 100 times faster than torch."""
+        kv = self._kv if kv is None else kv
+        return as_bytes(kv.view(*kv.shape[:4], self._blocks, self._block * self._dim))
+
     def _repack(self, kept: set[int], new: Sequence[int], count: int) -> None:
         """Those that stay keep their places as far as they lie within the count; the rest fill the gaps."""
-        before = [i if i in kept else None for i in self.members]
+        pages, before = self._pages(), [i if i in kept else None for i in self.members]
         members, arriving = before[:count] + [None] * (count - len(before)), list(new)
         outside = [place for place in range(count, len(before)) if before[place] is not None]
         for place, member in enumerate(members):
             if member is None and outside:
                 source = outside.pop()
-                self._pages[:, :, place] = self._pages[:, :, source]
+                pages[:, :, place] = pages[:, :, source]
                 members[place] = before[source]
             elif member is None:
                 members[place] = arriving.pop()
@@ -89,7 +110,7 @@ class Lane:
 
     def _fill(self, place: int, span: Span, block_table: NDArray[np.int64]) -> None:
         """Copies the blocks before the span from the arena and clears the rest."""
-        target, blocks = self._pages[:, :, place], -(-span.start // self._block)
+        target, blocks = self._pages()[:, :, place], -(-span.start // self._block)
         for block, chunk in enumerate(block_table[span.row, :blocks].tolist()):
             target[:, :, :, block] = self._arena[chunk]
         target[:, :, :, blocks:] = 0
@@ -137,24 +158,16 @@ class KvMirror:
     def _lane(self, blocks: int, members: int, wanted: Mapping[int, Sequence[Span]]) -> Lane | None:
         """The lane of a capacity with room for its members, or None. Lanes that this step does not want make room."""
         lane = self._lanes.pop(blocks, None)
-        needed = blocks * self._chunk_bytes * members if lane is None else lane.nbytes_for(members)
+        if lane is None:
+            lane = Lane(self._arena_kv, blocks, self._limit // (blocks * self._chunk_bytes))
+        needed = lane.nbytes_for(members)
         for idle in [b for b in self._lanes if b not in wanted]:
             if self._taken() + needed > self._limit:
                 del self._lanes[idle]
-        if self._taken() + needed > self._limit:
-            return None
-        if lane is None:
-            lane = self._make(blocks)
-        if lane is None or members > lane.places:
+        if self._taken() + needed > self._limit or not lane.reserve(members):
             return None
         self._lanes[blocks] = lane
         return lane
-
-    def _make(self, blocks: int) -> Lane | None:
-        try:
-            return Lane(self._arena_kv, blocks, self._limit // (blocks * self._chunk_bytes))
-        except RuntimeError:  # no address space for it: the sequences are read from the arena
-            return None
 
     def _taken(self) -> int:
         return sum(lane.nbytes for lane in self._lanes.values())
