@@ -90,7 +90,7 @@ class Lane:
         return min(1 << max(0, members - 1).bit_length(), self._most)
 
     def _pages(self, kv: Tensor | None = None) -> NDArray[np.uint8]:
-        """[layers, 2, places, kv_heads, blocks, bytes of a page]: NumPy copies their slices 100 times faster than torch."""
+        """[layers, 2, places, kv_heads, blocks, bytes of a page]: NumPy copies slices 100 times as fast as torch."""
         kv = self._kv if kv is None else kv
         return as_bytes(kv.view(*kv.shape[:4], self._blocks, self._block * self._dim))
 
