@@ -21,7 +21,7 @@ from benchmarks.floors import LLAMA_DIMS, TINY, Sizes
 from benchmarks.report import SHORT, Report
 from benchmarks.traffic import zipf
 from engine.models.dims import LORA_MODULES, ModelDims
-from kernels.launch import PREFILL_TILE, SMALL_STEP
+from kernels.launch import lora_tile
 from kernels.lora_expand import lora_expand
 from kernels.lora_gather import lora_gather
 from kernels.lora_meta import LoraBounds, LoraGroup
@@ -29,7 +29,6 @@ from kernels.lora_shrink import lora_shrink
 from tests.kernels.build import LoraStep, make_adapters, make_lora_step
 
 POPULARITIES = ("distinct", "uniform", "zipf", "identical", "skewed")
-DECODE_TILE = 16
 BEYOND_CACHE = 200_000_000  # bytes of adapters that the layers of one measurement read together
 
 
@@ -125,7 +124,7 @@ def measure(case: Case, axes: Axes) -> tuple[list[float], int]:
     layers = min(dims.layers, -(-BEYOND_CACHE // size))
     ranks = torch.zeros(case.slots, layers, len(LORA_MODULES), dtype=torch.int32)
     ranks[: case.active] = case.rank
-    tile = PREFILL_TILE if case.tokens > SMALL_STEP else DECODE_TILE
+    tile = lora_tile(case.tokens, prefill=True)
     bounds = LoraBounds(case.tokens, tile, case.slots, -(-case.rank // 16))
     adapters = make_adapters(ranks, shapes, bounds.rank_blocks, axes.dtype, device, 0.02)
     groups = [(slot, count) for slot, count in enumerate(counts) if count]

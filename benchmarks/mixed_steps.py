@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.device_timing import replaced
+from benchmarks.device_timing import always, replaced
 from benchmarks.gpu_cases import Bench, random_pages
 from benchmarks.report import Report
 from benchmarks.steps import FULL, start_worker
@@ -98,10 +98,7 @@ def main() -> None:
         measure(Report("mixed-steps", arguments.commit, folder=arguments.folder), "default")
         return
     report = Report(f"mixed-steps-{arguments.tile}", arguments.commit, folder=arguments.folder)
-    with (
-        replaced(0, (shapes, "SMALL_STEP")),
-        replaced(arguments.tile, (shapes, "PREFILL_TILE"), (shapes, "DECODE_TILE")),
-    ):
+    with replaced(always(arguments.tile), (shapes, "lora_tile")):
         measure(report, f"tile {arguments.tile}")
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kernels.lora_meta import LoraBounds, LoraGroup, split_bound
 
-PREFILL_TILE = 128  # rows of a LoRA work item in steps of many tokens; others take 16
-SMALL_STEP = 2048  # tokens up to which they do: an item of few rows costs as much as its tile
+DECODE_TILE, PREFILL_TILE = 16, 128  # rows of a LoRA work item in small steps, and in those of many tokens
+SMALL_STEP = 2048  # tokens of the largest small step: an item of few rows costs as much as its tile
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -44,6 +44,11 @@ def require_rows(*tensors: Tensor) -> None:
 def dependent(on: bool) -> dict[str, bool]:
     """Launch option of a kernel that may start before the one ahead of it ends, and waits for it by itself."""
     return {"launch_pdl": True} if on else {}
+
+
+def lora_tile(tokens: int, *, prefill: bool) -> int:
+    """Rows of a LoRA work item in a bucket of so many tokens."""
+    return PREFILL_TILE if prefill and tokens > SMALL_STEP else DECODE_TILE
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,6 @@ HEADER = 8
 WORK_INTS = 8  # first row, rows, slot, rank block, item, 0, 0, 0
 ITEM_INTS = 4  # first row, rows, slot, 0
 LORA_MODULES = 7
-DECODE_TILE = 16  # rows of a work item in small steps
 ALIGN = 4  # int32 elements; every field starts at a multiple of 16 bytes
 
 

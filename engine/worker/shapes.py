@@ -13,9 +13,9 @@ from engine.geometry import PIECE_RANKS, Geometry
 from engine.models.config import ModelConfig
 from engine.worker.memory import DEFAULT_LORA_RANK
 from kernels.attention_meta import AttentionBounds, decode_splits
-from kernels.launch import PREFILL_TILE, SMALL_STEP, q_tile
+from kernels.launch import lora_tile, q_tile
 from kernels.layout import KvLayout
-from kernels.lora_meta import DECODE_TILE, HEADER, LoraBounds, PackedLayout
+from kernels.lora_meta import HEADER, LoraBounds, PackedLayout
 from kernels.step_meta import step_fields
 
 DEFAULT_GRAPH_MAX = 256
@@ -144,8 +144,7 @@ class Shapes:
         splits = decode_splits(sequences, machine.kv.kv_heads, machine.multiprocessors)
         tile = machine.q_tile if prefill else 0
         attention = AttentionBounds(tokens, sequences, tile, splits, machine.max_context)
-        lora_tile = PREFILL_TILE if prefill and tokens > SMALL_STEP else DECODE_TILE
-        bounds = LoraBounds(tokens, lora_tile, machine.slots, machine.rank_blocks)
+        bounds = LoraBounds(tokens, lora_tile(tokens, prefill=prefill), machine.slots, machine.rank_blocks)
         fields = [("counts", (HEADER,)), *step_fields(tokens, sequences), *attention.fields()]
         if machine.two_windows:
             fields += [(f"{WINDOWED}counts", (HEADER,)), *((WINDOWED + n, shape) for n, shape in attention.fields())]
