@@ -22,23 +22,19 @@ from benchmarks.device_timing import replaced
 from benchmarks.gpu_cases import Bench, random_pages
 from benchmarks.report import Report
 from benchmarks.steps import FULL, start_worker, worker_floors
-from engine.models.overlap import MIB, OFF, Overlap
+from engine.models.overlap import OFF, Overlap
 from kernels import launch
 
 STEPS, WARM_UP, CONTEXT = 40, 8, 564
 ENGINE = msgspec.structs.replace(FULL.engine, disable_cuda_graph=True)
-EVERY = 1 << 20  # tokens
 BASE = {
     "off": OFF,
-    "pdl": Overlap(fetch=0),
-    "fetch 4 MiB": Overlap(fetch_tokens=EVERY, pdl=False),
-    "fetch 4 MiB, pdl": Overlap(fetch_tokens=EVERY),
-    "fetch 2 MiB, pdl": Overlap(fetch=2 * MIB, fetch_tokens=EVERY),
-    "fetch 8 MiB, pdl": Overlap(fetch=8 * MIB, fetch_tokens=EVERY),
+    "pdl": Overlap(products=0),
+    "products": Overlap(pdl=False),
+    "products, pdl": Overlap(),
     "off again": OFF,
-    "default": Overlap(),
 }
-LORA = {"off": OFF, "pdl": Overlap(fetch=0), "all": Overlap(), "off again": OFF}
+LORA = {"off": OFF, "pdl": Overlap(products=0), "all": Overlap(), "off again": OFF}
 BASE_BATCHES = (1, 8, 16, 32, 64, 128)
 LORA_CASES = ((8, 8, 16), (32, 8, 16), (64, 8, 16), (128, 8, 16), (64, 32, 16), (32, 8, 64))
 FIRST = 0, 3, 4, 6  # modules of qkv, o, gate_up, down

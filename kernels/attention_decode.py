@@ -41,6 +41,8 @@ def _decode(
     PDL: tl.constexpr,
 ):
     """One program: one KV head's query group against one span of keys. scale includes log2(e)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     kv_head = tl.program_id(0)
     g = tl.arange(0, BM)
     n = tl.arange(0, BN)
@@ -116,6 +118,8 @@ def _combine(
     PDL: tl.constexpr,
 ):
     """One program: one head of one sequence, BS spans at a time."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0)
     index = tl.program_id(1)
     s = tl.arange(0, BS)

@@ -10,6 +10,8 @@ from kernels.lora_meta import LoraBounds, LoraGroup, split_bound
 
 DECODE_TILE, PREFILL_TILE = 16, 128  # rows of a LoRA work item in small steps, and in those of many tokens
 SMALL_STEP = 2048  # tokens of the largest small step: an item of few rows costs as much as its tile
+PRODUCT_ROWS, PRODUCT_PARTS = 128, 2  # of the largest product that is ours, and the most parts it is made in
+PRODUCT_MEMORY, SHARED_MEMORY = 222 << 10, 160 << 10  # bytes of a multiprocessor's that a product takes, alone and not
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -91,6 +93,47 @@ def expand_tiles(bounds: LoraBounds, itemsize: int) -> ExpandTiles:
     if bounds.tile == 16:
         return ExpandTiles(256 // narrow, 4, 2)
     return ExpandTiles(128 // narrow, 4 if bounds.tile <= 64 else 8, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ProductTiles:
+    """programs: shares of the output features; parts: of the inner dimension; columns, rows, inner: of a tile."""
+
+    programs: int
+    parts: int
+    columns: int
+    rows: int
+    inner: int
+    warps: int
+    stages: int
+
+
+def product_tiles(
+    rows: int,
+    features: int,
+    inner: int,
+    multiprocessors: int,
+    *,
+    summed: bool,
+    shared: bool = False,
+    itemsize: int = 2,
+) -> ProductTiles:
+    """One program a multiprocessor, each with as many bytes to read as the others, a few tiles of them under way.
+
+    summed: the reader adds parts up, so that a weight of few output features still fills a tile. shared: shrink and
+    expand are to find room beside it, which more rows than a few are not worth.
+    """
+    parts = PRODUCT_PARTS if summed and 16 < cdiv(features, multiprocessors) <= 32 and inner >= 2048 else 1
+    programs = max(1, multiprocessors // parts)
+    programs = min(programs * cdiv(features, programs * 256), cdiv(features, 16))
+    columns, tile = max(64, power_of_two(cdiv(features, programs))), max(16, power_of_two(rows))
+    memory = SHARED_MEMORY if shared and tile <= 64 else PRODUCT_MEMORY
+    line, least = (columns + tile) * itemsize, 2 if shared else 3
+    wide = 128 if line * 128 * least <= memory else 64
+    stages = max(2, min(6, memory // (line * wide)))
+    return ProductTiles(
+        programs, parts, columns, tile, wide, 8 if columns > 128 or columns * tile > 4096 else 4, stages
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ahead import Ahead, ahead_arguments, ahead_rows, overlapping
-from kernels.fetch import fetch
-from kernels.launch import cdiv, power_of_two, require, require_rows
+from kernels.launch import cdiv, dependent, power_of_two, require, require_rows
 from kernels.layout import KvLayout
 from kernels.lora_meta import LORA_ROWS
 
@@ -15,9 +13,7 @@ HEADS_EACH, WARPS = 8, 4  # heads of one program
 
 
 @triton.jit
-def _heads(
-    token,
-    part,
+def _rotary_store(
     qkv,
     delta,
     counts,
@@ -45,18 +41,24 @@ def _heads(
     NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """One program: BH of one token's query, key and value heads."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     head = part * BH + tl.arange(0, BH)
     i = tl.arange(0, BD)
     mask = (head < HEADS + 2 * KV_HEADS)[:, None] & (i < HALF)[None, :]
     at = (head * (2 * HALF))[:, None] + i[None, :]
     position = tl.load(positions + token).to(tl.int64)
     location = tl.load(locations + token)
+    if DELTA:  # known before what is waited for
+        lora = mask & (head < tl.where(token < tl.load(counts + ROWS), HEADS + 2 * KV_HEADS, 0))[:, None]
     if PDL:
         tl.extra.cuda.gdc_wait()
     low = tl.load(qkv + token * qkv_stride + at, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(qkv + token * qkv_stride + at + HALF, mask=mask, other=0.0).to(tl.float32)
     if DELTA:
-        lora = mask & (head < tl.where(token < tl.load(counts + ROWS), HEADS + 2 * KV_HEADS, 0))[:, None]
         low += tl.load(delta + token * delta_stride + at, mask=lora, other=0.0).to(tl.float32)
         high += tl.load(delta + token * delta_stride + at + HALF, mask=lora, other=0.0).to(tl.float32)
     is_q = (head < HEADS)[:, None]
@@ -88,55 +90,6 @@ def _heads(
     tl.store(kv + HALF, out_high, mask=stored)
 
 
-@triton.jit(do_not_specialize=["rows", "ahead_count"])
-def _rotary_store(
-    qkv,
-    delta,
-    counts,
-    q_out,
-    arena,
-    positions,
-    locations,
-    table,
-    q_weight,
-    k_weight,
-    eps,
-    qkv_stride,
-    delta_stride,
-    q_stride,
-    chunk_elements,
-    layer_start,
-    rows,
-    ahead,
-    ahead_count,
-    ahead_width,
-    ahead_stride,
-    ROWS: tl.constexpr,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BH: tl.constexpr,
-    BD: tl.constexpr,
-    DELTA: tl.constexpr,
-    NORM: tl.constexpr,
-    LANES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One program: BH of one token's query, key and value heads; those beyond the tokens fetch ahead."""
-    token = tl.program_id(0)
-    part = tl.program_id(1)
-    if token < rows:
-        _heads(
-            token.to(tl.int64), part, qkv, delta, counts, q_out, arena, positions, locations, table, q_weight,
-            k_weight, eps, qkv_stride, delta_stride, q_stride, chunk_elements, layer_start,
-            ROWS, HEADS, KV_HEADS, HALF, BLOCK_TOKENS, BH, BD, DELTA, NORM, PDL,
-        )  # fmt: skip
-    elif LANES:
-        program = (token - rows) * tl.num_programs(1) + part
-        fetch(ahead, program, ahead_count, ahead_width, ahead_stride, LANES)
-
-
 def rotary_store(
     q_out: Tensor,
     qkv: Tensor,
@@ -150,7 +103,6 @@ def rotary_store(
     delta: Tensor | None = None,
     counts: Tensor | None = None,
     norms: tuple[Tensor, Tensor, float] | None = None,
-    ahead: Ahead | None = None,
     pdl: bool = False,
 ) -> None:
     """Rotate queries and keys, write queries to q_out and keys and values to the arena's blocks.
@@ -171,7 +123,7 @@ def rotary_store(
     require(delta is None or counts is not None, "a delta needs the counts of its rows")
     q_weight, k_weight, eps = norms or (qkv, qkv, 0.0)
     rows, parts = qkv.shape[0], cdiv(heads + 2 * layout.kv_heads, HEADS_EACH)
-    _rotary_store[(rows + ahead_rows(ahead, WARPS, parts), parts)](
+    _rotary_store[(rows, parts)](
         qkv,
         qkv if delta is None else delta,
         positions if counts is None else counts,
@@ -188,8 +140,6 @@ def rotary_store(
         q_out.stride(0),
         arena.stride(0),
         layer * layout.layer_elements,
-        rows,
-        *ahead_arguments(ahead, qkv),
         ROWS=LORA_ROWS,
         HEADS=heads,
         KV_HEADS=layout.kv_heads,
@@ -199,5 +149,7 @@ def rotary_store(
         BD=power_of_two(half),
         DELTA=delta is not None,
         NORM=norms is not None,
-        **overlapping(ahead, WARPS, pdl),
+        PDL=pdl,
+        num_warps=WARPS,
+        **dependent(pdl),
     )

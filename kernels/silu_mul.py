@@ -5,46 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ahead import Ahead, ahead_arguments, ahead_rows, overlapping
-from kernels.fetch import fetch
-from kernels.launch import cdiv, require, require_rows
+from kernels.launch import cdiv, dependent, require, require_rows
 from kernels.lora_meta import LORA_ROWS
 
 BLOCK, WARPS = 2048, 8
 
 
 @triton.jit
-def _part(
-    row,
-    part,
-    out,
-    gate_up,
-    delta,
-    counts,
-    size,
-    out_stride,
-    in_stride,
-    delta_stride,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DELTA: tl.constexpr,
-):
-    i = part * BLOCK + tl.arange(0, BLOCK)
-    real = i < size
-    source = gate_up + row * in_stride + i
-    gate = tl.load(source, mask=real, other=0.0).to(tl.float32)
-    up = tl.load(source + size, mask=real, other=0.0).to(tl.float32)
-    if DELTA:
-        lora = i < tl.where(row < tl.load(counts + ROWS), size, 0)
-        more = delta + row * delta_stride + i
-        gate += tl.load(more, mask=lora, other=0.0).to(tl.float32)
-        up += tl.load(more + size, mask=lora, other=0.0).to(tl.float32)
-    fall = tl.exp(-tl.abs(gate))  # never overflows
-    value = gate * up * tl.where(gate >= 0, 1.0, fall) / (1.0 + fall)
-    tl.store(out + row * out_stride + i, value.to(out.dtype.element_ty), mask=real)
-
-
-@triton.jit(do_not_specialize=["rows", "ahead_count"])
 def _silu_mul(
     out,
     gate_up,
@@ -54,30 +21,31 @@ def _silu_mul(
     out_stride,
     in_stride,
     delta_stride,
-    rows,
-    ahead,
-    ahead_count,
-    ahead_width,
-    ahead_stride,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     DELTA: tl.constexpr,
-    LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program: BLOCK columns of a row; those beyond the rows fetch ahead."""
-    row = tl.program_id(0)
-    part = tl.program_id(1)
-    if row < rows:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        _part(
-            row.to(tl.int64), part, out, gate_up, delta, counts, size, out_stride, in_stride, delta_stride,
-            ROWS, BLOCK, DELTA,
-        )  # fmt: skip
-    elif LANES:
-        program = (row - rows) * tl.num_programs(1) + part
-        fetch(ahead, program, ahead_count, ahead_width, ahead_stride, LANES)
+    """One program: BLOCK columns of a row."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = i < size
+    source = gate_up + row * in_stride + i
+    if DELTA:  # known before what is waited for
+        lora = i < tl.where(row < tl.load(counts + ROWS), size, 0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    gate = tl.load(source, mask=real, other=0.0).to(tl.float32)
+    up = tl.load(source + size, mask=real, other=0.0).to(tl.float32)
+    if DELTA:
+        more = delta + row * delta_stride + i
+        gate += tl.load(more, mask=lora, other=0.0).to(tl.float32)
+        up += tl.load(more + size, mask=lora, other=0.0).to(tl.float32)
+    fall = tl.exp(-tl.abs(gate))  # never overflows
+    value = gate * up * tl.where(gate >= 0, 1.0, fall) / (1.0 + fall)
+    tl.store(out + row * out_stride + i, value.to(out.dtype.element_ty), mask=real)
 
 
 def silu_mul(
@@ -86,7 +54,6 @@ def silu_mul(
     *,
     delta: Tensor | None = None,
     counts: Tensor | None = None,
-    ahead: Ahead | None = None,
     pdl: bool = False,
 ) -> None:
     """gate_up, delta: [tokens, 2 * size], gate before up; out: [tokens, size]; rows contiguous.
@@ -97,7 +64,7 @@ def silu_mul(
     require(delta is None or counts is not None, "a delta needs the counts of its rows")
     require(gate_up.shape[1] == 2 * out.shape[1], "gate_up is not twice as wide as out")
     rows, parts = out.shape[0], cdiv(out.shape[1], BLOCK)
-    _silu_mul[(rows + ahead_rows(ahead, WARPS, parts), parts)](
+    _silu_mul[(rows, parts)](
         out,
         gate_up,
         gate_up if delta is None else delta,
@@ -106,10 +73,10 @@ def silu_mul(
         out.stride(0),
         gate_up.stride(0),
         gate_up.stride(0) if delta is None else delta.stride(0),
-        rows,
-        *ahead_arguments(ahead, gate_up),
         ROWS=LORA_ROWS,
         BLOCK=BLOCK,
         DELTA=delta is not None,
-        **overlapping(ahead, WARPS, pdl),
+        PDL=pdl,
+        num_warps=WARPS,
+        **dependent(pdl),
     )

@@ -11,17 +11,18 @@ from torch import Tensor
 
 from engine.models.config import ModelConfig
 from engine.models.device_weights import DecoderWeights, LayerWeights, Linear
-from engine.models.overlap import NOTHING, LayerAhead, Overlap, default_overlap, plan_ahead
+from engine.models.overlap import Overlap, default_overlap
 from engine.worker.accelerator import Accelerator
-from kernels.ahead import Ahead
 from kernels.attention_decode import decode_attention
 from kernels.attention_meta import AttentionMeta
 from kernels.attention_prefill import prefill_attention
+from kernels.launch import PRODUCT_PARTS, PRODUCT_ROWS
 from kernels.layout import KvLayout
 from kernels.lora_expand import lora_expand
 from kernels.lora_meta import LoraGroup, LoraMeta
 from kernels.lora_shrink import lora_shrink
 from kernels.norm import add_rms_norm, rms_norm
+from kernels.product import product, product_parts
 from kernels.rotary import rotary_store
 from kernels.silu_mul import silu_mul
 from kernels.step_input import embed
@@ -62,6 +63,13 @@ class DecoderBuffers:
         self.gate_up = rows_of(2 * dims.intermediate)
         self.active = rows_of(dims.intermediate)
         self._delta = rows_of(max(query + 2 * key, 2 * dims.intermediate, dims.hidden)).view(-1)
+        self._parts = torch.zeros(
+            PRODUCT_PARTS * min(rows, PRODUCT_ROWS) * dims.hidden, dtype=torch.float32, device=device
+        )
+
+    def parts(self, parts: int, rows: int) -> Tensor:
+        """[parts, rows, hidden] of o's product or down's; read before the next are written."""
+        return self._parts[: parts * rows * self.hidden.shape[1]].view(parts, rows, -1)
 
     def delta(self, rows: int, width: int) -> Tensor:
         """[rows, width]; one delta is read before the next is written."""
@@ -103,7 +111,6 @@ class DeviceDecoder:
         """From the next launch or capture on."""
         self._overlap = overlap
         self._pdl = overlap.pdl  # of the step that is being launched
-        self._ahead = plan_ahead(self._weights, overlap.fetch)
 
     def use(self, arena: Tensor) -> None:
         """Keys, values and adapters are in this arena from now on."""
@@ -116,13 +123,12 @@ class DeviceDecoder:
         embed(residual, weights.embed, step.ids, self._last_token)
         rms_norm(hidden, residual, weights.layers[0].attention_norm, self._config.norm_eps)
         following = [layer.attention_norm for layer in weights.layers[1:]]
-        self._pdl, fetches = self._overlap.dependent(rows), self._overlap.fetches(rows)
+        self._pdl = self._overlap.dependent(rows)
         for index, (layer, norm) in enumerate(zip(weights.layers, [*following, weights.norm], strict=True)):
-            ahead = self._ahead[index] if fetches else NOTHING
-            self._attend(index, layer, step, hidden, ahead)
-            self._add(index, self._o, layer.o, buffers.mixed[:rows], step, layer.mlp_norm, ahead.gate_up)
-            self._feed_forward(index, layer, step, hidden, ahead)
-            self._add(index, self._down, layer.down, buffers.active[:rows], step, norm, ahead.qkv)
+            self._attend(index, layer, step, hidden)
+            self._add(index, self._o, layer.o, buffers.mixed[:rows], step, layer.mlp_norm)
+            self._feed_forward(index, layer, step, hidden)
+            self._add(index, self._down, layer.down, buffers.active[:rows], step, norm)
 
     def logits(self, out: Tensor, hidden: Tensor) -> None:
         """out: [rows, vocab] float32; hidden: [rows, hidden] from `forward`."""
@@ -132,7 +138,7 @@ class DeviceDecoder:
         else:
             torch.mm(hidden, head, out_dtype=torch.float32, out=out)
 
-    def _attend(self, index: int, layer: LayerWeights, step: StepTensors, hidden: Tensor, ahead: LayerAhead) -> None:
+    def _attend(self, index: int, layer: LayerWeights, step: StepTensors, hidden: Tensor) -> None:
         """Projects, rotates, stores and attends; the result is in `buffers.mixed`."""
         rows, kv, buffers = hidden.shape[0], self._kv, self.buffers
         qkv, query, out = buffers.qkv[:rows], buffers.query[:rows], buffers.mixed[:rows]
@@ -141,7 +147,7 @@ class DeviceDecoder:
         counts = None if delta is None else step.attention.counts
         rotary_store(
             query, qkv, self._arena, kv, index, step.positions, step.locations, self._table,
-            delta=delta, counts=counts, norms=norms, ahead=ahead.o, pdl=self._pdl,
+            delta=delta, counts=counts, norms=norms, pdl=self._pdl,
         )  # fmt: skip
         sliding = self._window_layers[index]
         meta = step.windowed if sliding else step.attention
@@ -150,34 +156,23 @@ class DeviceDecoder:
             prefill_attention(out, query, self._arena, kv, index, meta, self._scale, window)
         decode_attention(out, query, self._arena, kv, index, meta, self._scale, self._pdl)
 
-    def _feed_forward(
-        self, index: int, layer: LayerWeights, step: StepTensors, hidden: Tensor, ahead: LayerAhead
-    ) -> None:
+    def _feed_forward(self, index: int, layer: LayerWeights, step: StepTensors, hidden: Tensor) -> None:
         rows, buffers = hidden.shape[0], self.buffers
         gate_up = buffers.gate_up[:rows]
         delta = self._product(index, self._gate_up, layer.gate_up, hidden, gate_up, step.lora)
         counts = None if delta is None else step.attention.counts
-        silu_mul(buffers.active[:rows], gate_up, delta=delta, counts=counts, ahead=ahead.down, pdl=self._pdl)
+        silu_mul(buffers.active[:rows], gate_up, delta=delta, counts=counts, pdl=self._pdl)
 
-    def _add(
-        self,
-        index: int,
-        group: LoraGroup,
-        linear: Linear,
-        x: Tensor,
-        step: StepTensors,
-        norm: Tensor,
-        ahead: Ahead | None,
-    ) -> None:
+    def _add(self, index: int, group: LoraGroup, linear: Linear, x: Tensor, step: StepTensors, norm: Tensor) -> None:
         """The residual takes a product in, and the next norm is taken of it."""
         rows = x.shape[0]
         residual, hidden = self.buffers.residual[:rows], self.buffers.hidden[:rows]
-        delta = self._product(index, group, linear, x, hidden, step.lora)
+        y = hidden
+        if self._overlap.product(rows, x.dtype):
+            y = self.buffers.parts(product_parts(linear.weight), rows)
+        delta = self._product(index, group, linear, x, y, step.lora)
         counts = None if delta is None else step.attention.counts
-        add_rms_norm(
-            hidden, residual, hidden, norm, self._config.norm_eps,
-            delta=delta, counts=counts, ahead=ahead, pdl=self._pdl,
-        )  # fmt: skip
+        add_rms_norm(hidden, residual, y, norm, self._config.norm_eps, delta=delta, counts=counts, pdl=self._pdl)
 
     def _product(
         self, index: int, group: LoraGroup, linear: Linear, x: Tensor, out: Tensor, lora: LoraMeta | None
@@ -185,11 +180,13 @@ class DeviceDecoder:
         """out = x @ weight.T (+ bias); the adapters' delta, which the next op adds, is computed beside it."""
         delta = None
         if lora is not None:
-            delta = self.buffers.delta(*out.shape)
+            delta = self.buffers.delta(*out.shape[-2:])
             with self._accelerator.beside():
                 lora_shrink(x, self._arena, lora, index, group)
                 lora_expand(delta, self._arena, lora, index, group, add=False)
-        if linear.bias is None:
+        if self._overlap.product(x.shape[0], x.dtype):
+            product(out, x, linear.weight, linear.bias, pdl=self._pdl, shared=lora is not None)
+        elif linear.bias is None:
             torch.mm(x, linear.weight.t(), out=out)
         else:
             torch.addmm(linear.bias, x, linear.weight.t(), out=out)

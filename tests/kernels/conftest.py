@@ -16,6 +16,7 @@ KERNELS = (
     "lora_gather",
     "lora_shrink",
     "norm",
+    "product",
     "rotary",
     "sample",
     "silu_mul",
