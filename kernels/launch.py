@@ -10,7 +10,7 @@ from kernels.lora_meta import LoraBounds, LoraGroup, split_bound
 
 DECODE_TILE, PREFILL_TILE = 16, 128  # rows of a LoRA work item in small steps, and in those of many tokens
 SMALL_STEP = 2048  # tokens of the largest small step: an item of few rows costs as much as its tile
-PRODUCT_ROWS, PRODUCT_PARTS = 128, 2  # of the largest product that is ours, and the most parts it is made in
+PRODUCT_ROWS, PRODUCT_PARTS = 64, 2  # of the largest product that is ours, and the most parts it is made in
 PRODUCT_MEMORY, SHARED_MEMORY = 222 << 10, 160 << 10  # bytes of a multiprocessor's that a product takes, alone and not
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -13,7 +13,7 @@ from engine.geometry import PIECE_RANKS, Geometry
 from engine.models.config import ModelConfig
 from engine.worker.memory import DEFAULT_LORA_RANK
 from kernels.attention_meta import AttentionBounds, decode_splits
-from kernels.launch import lora_tile, q_tile
+from kernels.launch import SMALL_STEP, lora_tile, q_tile
 from kernels.layout import KvLayout
 from kernels.lora_meta import HEADER, LoraBounds, PackedLayout
 from kernels.step_meta import step_fields
@@ -126,7 +126,8 @@ class Shapes:
         """Shapes that bound all others in every buffer."""
         machine = self.machine
         rows, running = _round(machine.step_tokens, 256), _power_of_two(machine.max_running)
-        steps = [self.make(rows, running, prefill=True, lora=True)]
+        # LoRA's lists are longest where items are short: in the largest of the small steps.
+        steps = [self.make(size, running, prefill=True, lora=True) for size in {rows, min(rows, SMALL_STEP)}]
         steps += [self.make(_round(machine.max_running, 64), _round(machine.max_running, 64), prefill=False, lora=True)]
         return [*steps, *self.graphs(lora=True)]
 

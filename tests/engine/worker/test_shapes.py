@@ -7,8 +7,8 @@ import pytest
 from engine.config import EngineConfig
 from engine.geometry import make_geometry
 from engine.models.registry import parse_config
-from engine.worker.shapes import Machine, Shapes, make_machine
-from kernels.lora_meta import PackedLayout
+from engine.worker.shapes import Machine, Shapes, StepShape, make_machine
+from kernels.lora_meta import PackedLayout, z_elements
 
 RAW = {
     "architectures": ["LlamaForCausalLM"],
@@ -57,15 +57,21 @@ def test_a_step_fits_its_shape() -> None:
             assert shape.attention.q_tile > 0 or not shape.prefill
 
 
-def test_largest_shapes_bound_all_others() -> None:
-    shapes = Shapes(machine(), 64)
-    largest = shapes.largest()
-    most = max(shape.layout.size for shape in largest)
-    tokens = max(shape.tokens for shape in largest)
-    for count in range(1, 1025, 31):
-        shape = shapes.choose(count, min(count, 256), lora=True)
-        assert shape.layout.size <= most
-        assert shape.tokens <= tokens
+@pytest.mark.parametrize("step_tokens", [512, 1024, 2048, 8192])
+def test_largest_shapes_bound_all_others(step_tokens: int) -> None:
+    shapes = Shapes(machine(step_tokens=step_tokens), 64)
+    sizes = [_sizes(shape) for shape in shapes.largest()]
+    most = [max(column) for column in zip(*sizes, strict=True)]
+    for count in {*range(1, step_tokens, 97), step_tokens}:
+        for sequences in (1, min(count, 256)):
+            shape = shapes.choose(count, sequences, lora=True)
+            assert all(size <= bound for size, bound in zip(_sizes(shape), most, strict=True)), shape
+
+
+def _sizes(shape: StepShape) -> tuple[int, ...]:
+    """Of everything that is allocated once for all shapes."""
+    bounds = shape.lora_bounds
+    return shape.tokens, shape.sequences, shape.layout.size, bounds.items, bounds.work, z_elements(bounds)
 
 
 def test_a_step_that_no_buffer_holds_is_refused() -> None:
