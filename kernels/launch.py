@@ -65,19 +65,21 @@ class ShrinkTiles:
 
 
 def shrink_splits(tokens: int, group: LoraGroup) -> int:
-    """Parts of the inner dimension at decode: more keep an idle device busier, and make expand read more.
+    """Parts of the inner dimension at decode: more end sooner, and make expand read more.
 
-    So expands of few columns (o, down) bear more than those of many.
+    So small steps, and expands of few columns (o, down), bear more.
     """
-    return 4 if tokens <= 4 or len(group.features) > 1 else 8
+    return 4 if tokens > 32 and len(group.features) > 1 else 8
 
 
 def shrink_tiles(bounds: LoraBounds, group: LoraGroup, itemsize: int) -> ShrinkTiles:
     """Small tiles split the inner dimension to have enough programs; large ones read x once for all modules."""
     narrow = 2 if itemsize == 4 else 1
     if bounds.tile == 16:
+        # Beside a product that leaves little memory: smaller tiles, more of them under way.
+        inner, stages = (128, 4) if 32 < bounds.tokens <= PRODUCT_ROWS else (256, 3)
         splits = min(split_bound(bounds), shrink_splits(bounds.tokens, group), cdiv(group.inner, 256))
-        return ShrinkTiles(256 // narrow, splits, False, 4, 3)
+        return ShrinkTiles(inner // narrow, splits, False, 4, stages)
     return ShrinkTiles(64 // narrow, 1, len(group.features) > 1, 4, 3)
 
 

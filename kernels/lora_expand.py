@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import cdiv, expand_tiles, multiprocessors, require, require_rows, shrink_tiles
+from kernels.fetch import fetch
+from kernels.launch import cdiv, dependent, expand_tiles, multiprocessors, require, require_rows, shrink_tiles
 from kernels.layout import piece_unit
 from kernels.lora_meta import ITEM_INTS, LORA_ITEMS, LORA_MODULES, LoraGroup, LoraMeta
 
@@ -74,6 +75,8 @@ def _expand(
     BN: tl.constexpr,
     SPLITS: tl.constexpr,
     ADD: tl.constexpr,
+    SIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One unit: BM rows of one item, BN output columns of one module, every rank.
 
@@ -90,6 +93,12 @@ def _expand(
         start, start >= 0, items, desc, first, desc_stride, blocks, out0, out1, tiles0, tiles1, tiles, ITEM_INTS, BN
     )
     total = tl.load(counts + ITEMS) * tiles
+    if PDL:  # the first rank block of B is on its way while shrink ends
+        most = tl.where(module == 0, out0, tl.where(module == 1, out1, out2)) - column
+        width = tl.where(start < total, tl.minimum(rank, 16), 0)
+        piece = arena + offset.to(tl.int64) * UNIT + column * width
+        fetch(piece, 0, 1, tl.minimum(most, BN) * width * SIZE, 0, 32)
+        tl.extra.cuda.gdc_wait()
     for index in range(start, total, tl.num_programs(0)):
         size = tl.where(module == 0, out0, tl.where(module == 1, out1, out2)) - column
         row_mask = (i < rows)[:, None]
@@ -119,8 +128,10 @@ def _expand(
         )  # fmt: skip
 
 
-def lora_expand(y: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: LoraGroup, *, add: bool) -> None:
-    """Finish the product that lora_shrink of the same group began in meta.z.
+def lora_expand(
+    y: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: LoraGroup, *, add: bool, pdl: bool = False
+) -> None:
+    """Finish the product that lora_shrink of the same group began in meta.z. pdl: as it was launched just before.
 
     y: [tokens, sum(features)], rows contiguous, in the arena's dtype: the base product (add) or a delta buffer, whose
     rows of adapters are all written (zeros for a module without an adapter) and whose rows of the base are not: the
@@ -157,6 +168,9 @@ def lora_expand(y: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: Lor
         BN=tiles.columns,
         SPLITS=shrink_tiles(meta.bounds, group, y.element_size()).splits,
         ADD=add,
+        SIZE=y.element_size(),
+        PDL=pdl,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        **dependent(pdl),
     )

@@ -65,11 +65,14 @@ def _shrink(
     BM: tl.constexpr,
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One unit: BM rows of one item, one rank block of WIDTH modules, one part of the inner dimension.
 
     A unit is read before the list's length is known (the list is never shorter than the grid).
     """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     i = tl.arange(0, BM)
     r = tl.arange(0, 16 * WIDTH) % 16
     k = tl.arange(0, BK)
@@ -100,8 +103,8 @@ def _shrink(
         )
 
 
-def lora_shrink(x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: LoraGroup) -> None:
-    """Partial products of a group's modules.
+def lora_shrink(x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: LoraGroup, *, pdl: bool = False) -> None:
+    """Partial products of a group's modules. pdl: its expand is launched next, and may start meanwhile.
 
     x: [tokens, in], rows contiguous; arena: [num_chunks, chunk_elements] in x's dtype. Writes meta.z, which lora_expand
     of the same group reads; the next shrink overwrites it.
@@ -139,6 +142,7 @@ def lora_shrink(x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: Lor
         BM=meta.bounds.tile,
         BK=tiles.inner,
         SPLITS=tiles.splits,
+        PDL=pdl,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )

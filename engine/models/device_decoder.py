@@ -64,7 +64,7 @@ class DecoderBuffers:
         self.active = rows_of(dims.intermediate)
         self._delta = rows_of(max(query + 2 * key, 2 * dims.intermediate, dims.hidden)).view(-1)
         self._parts = torch.zeros(
-            PRODUCT_PARTS * min(rows, PRODUCT_ROWS) * dims.hidden, dtype=torch.float32, device=device
+            PRODUCT_PARTS * min(rows, 2 * PRODUCT_ROWS) * dims.hidden, dtype=torch.float32, device=device
         )
 
     def parts(self, parts: int, rows: int) -> Tensor:
@@ -168,7 +168,7 @@ class DeviceDecoder:
         rows = x.shape[0]
         residual, hidden = self.buffers.residual[:rows], self.buffers.hidden[:rows]
         y = hidden
-        if self._overlap.product(rows, x.dtype):
+        if self._overlap.product(rows, linear.weight):
             y = self.buffers.parts(product_parts(linear.weight), rows)
         delta = self._product(index, group, linear, x, y, step.lora)
         counts = None if delta is None else step.attention.counts
@@ -181,10 +181,11 @@ class DeviceDecoder:
         delta = None
         if lora is not None:
             delta = self.buffers.delta(*out.shape[-2:])
+            pdl = self._pdl and x.shape[0] <= self._overlap.products
             with self._accelerator.beside():
-                lora_shrink(x, self._arena, lora, index, group)
-                lora_expand(delta, self._arena, lora, index, group, add=False)
-        if self._overlap.product(x.shape[0], x.dtype):
+                lora_shrink(x, self._arena, lora, index, group, pdl=pdl)
+                lora_expand(delta, self._arena, lora, index, group, add=False, pdl=pdl)
+        if self._overlap.product(x.shape[0], linear.weight):
             product(out, x, linear.weight, linear.bias, pdl=self._pdl, shared=lora is not None)
         elif linear.bias is None:
             torch.mm(x, linear.weight.t(), out=out)

@@ -6,6 +6,7 @@ Used by the device decoder; what each is worth is in docs/performance.md.
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from kernels.launch import PRODUCT_ROWS
 
@@ -16,13 +17,13 @@ PDL_TOKENS = 256  # of a step whose launches overlap; larger ones are bound by p
 class Overlap:
     """Switches, for tests and for finding out what each is worth."""
 
-    products: int = (
-        PRODUCT_ROWS  # tokens of the largest step whose products are `kernels.product`; larger ones are the library's
-    )
+    products: int = PRODUCT_ROWS  # tokens of the largest step whose products are `kernels.product`, not the library's
     pdl: bool = True  # a kernel may start before the one ahead of it has ended; changes no result
 
-    def product(self, tokens: int, dtype: torch.dtype) -> bool:
-        return tokens <= self.products and dtype.itemsize == 2
+    def product(self, tokens: int, weight: Tensor) -> bool:
+        """weight: [out, in]. Where rows are long (down's), steps of twice as many tokens are ours."""
+        features, inner = weight.shape
+        return weight.dtype.itemsize == 2 and tokens <= self.products * (2 if inner > 2 * features else 1)
 
     def dependent(self, tokens: int) -> bool:
         return self.pdl and tokens <= PDL_TOKENS

@@ -4,30 +4,39 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from engine.models.overlap import OFF, PDL_TOKENS, Overlap, default_overlap
 from kernels.launch import PRODUCT_ROWS
 
+LONG = 3 * 64
+
+
+def weight(inner: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros(64, inner, dtype=dtype)
+
 
 @pytest.mark.parametrize(
-    ("overlap", "tokens", "product", "dependent"),
+    ("overlap", "tokens", "inner", "product", "dependent"),
     [
-        (Overlap(), 1, True, True),
-        (Overlap(), PRODUCT_ROWS, True, True),
-        (Overlap(), PRODUCT_ROWS + 1, False, True),
-        (Overlap(), PDL_TOKENS + 1, False, False),
-        (replace(Overlap(), products=0), 1, False, True),
-        (replace(Overlap(), pdl=False), 1, True, False),
-        (OFF, 1, False, False),
+        (Overlap(), 1, 64, True, True),
+        (Overlap(), PRODUCT_ROWS, 64, True, True),
+        (Overlap(), PRODUCT_ROWS + 1, 64, False, True),
+        (Overlap(), 2 * PRODUCT_ROWS, LONG, True, True),
+        (Overlap(), 2 * PRODUCT_ROWS + 1, LONG, False, True),
+        (Overlap(), PDL_TOKENS + 1, 64, False, False),
+        (replace(Overlap(), products=0), 1, LONG, False, True),
+        (replace(Overlap(), pdl=False), 1, 64, True, False),
+        (OFF, 1, 64, False, False),
     ],
     ids=str,
 )
-def test_small_steps_overlap(overlap: Overlap, tokens: int, product: bool, dependent: bool) -> None:
-    assert (overlap.product(tokens, torch.bfloat16), overlap.dependent(tokens)) == (product, dependent)
+def test_small_steps_overlap(overlap: Overlap, tokens: int, inner: int, product: bool, dependent: bool) -> None:
+    assert (overlap.product(tokens, weight(inner)), overlap.dependent(tokens)) == (product, dependent)
 
 
 def test_products_of_four_bytes_an_element_are_the_librarys() -> None:
-    assert not Overlap().product(1, torch.float32)
+    assert not Overlap().product(1, weight(dtype=torch.float32))
 
 
 def test_the_interpreter_overlaps_nothing() -> None:
