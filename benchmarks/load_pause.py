@@ -1,8 +1,9 @@
 """What running streams notice of adapters that are loaded beside them: `python -m benchmarks.load_pause`.
 
-Streams decode for the whole time; the gaps between their tokens are taken without loads, then while made adapters come
-from disk to the host and into the arena (each is loaded pinned, then unpinned), then without loads again, and so on for
-a few turns. A turn's loads are compared with the two spans around them.
+Streams decode for the whole time, each one long answer; once all of them run steadily, the gaps between their tokens
+are taken without loads, then while made adapters come from disk to the host and into the arena (each is loaded pinned,
+then unpinned), then without loads again, and so on for a few turns. A turn's loads are compared with the two spans
+around them.
 """
 
 import argparse
@@ -20,19 +21,20 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from benchmarks.load import Job, random_jobs
 from benchmarks.processes import loramux
 from benchmarks.report import Report
 from engine.models.dims import LORA_MODULES, ModelDims
 from engine.models.registry import load_config
 from engine.models.source import resolve_model
 
-STREAMS = 8
 MODELS = ("llama", "llama:lora0", "llama:lora1", "llama:lora2", "llama:lora3")
-PROMPT, OUTPUT = (32, 32), (900, 900)
+TOPICS = ("bread", "bridges", "the sea", "chess", "gardens", "railways", "the moon", "paper")  # of one stream each
+OUTPUT = 6000  # tokens of an answer: none ends while gaps are taken
+STEADY = 100  # tokens that every stream has had when the first gap is taken
 AT_ONCE = 3  # loads under way; each is pinned until it is in the arena
 MAX_RATIO, MAX_STEPS = 1.5, 2.0
 
@@ -59,12 +61,20 @@ class Gaps:
     """When the tokens of each answer came, in seconds of one clock; all streams together."""
 
     times: list[list[float]] = field(default_factory=list)
+    shared: int = 0  # events of several tokens: a character that is whole with the last of them
 
     def between(self, start: float, end: float) -> list[float]:
         """Gaps that ended in this span, sorted."""
         return sorted(
             b - a for times in self.times for a, b in itertools.pairwise(times) if start <= a and b <= end
         )  # fmt: skip
+
+    def event(self, times: list[float], now: float, total: int) -> None:
+        """An answer has `total` tokens now; those of one event came at even distances since the one before."""
+        new = total - len(times)
+        before = times[-1] if times else now
+        self.shared += new > 1
+        times.extend(before + (now - before) * (index + 1) / new for index in range(new))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +85,14 @@ class Phase:
     p99: float
     largest: float
     count: int
+    above: int  # gaps longer than two steps
 
     @classmethod
-    def of(cls, gaps: Sequence[float]) -> "Phase":
-        """`gaps` in seconds, sorted."""
-        return cls(
-            1e3 * statistics.median(gaps), 1e3 * gaps[math.ceil(0.99 * len(gaps)) - 1], 1e3 * gaps[-1], len(gaps)
-        )
+    def of(cls, gaps: Sequence[float], step: float | None = None) -> "Phase":
+        """`gaps` in seconds, sorted; a step takes `step` milliseconds, by default the median gap."""
+        median, count = 1e3 * statistics.median(gaps), len(gaps)
+        above = sum(1e3 * gap > MAX_STEPS * (step or median) for gap in gaps)
+        return cls(median, 1e3 * gaps[math.ceil(0.99 * count) - 1], 1e3 * gaps[-1], count, above)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +104,23 @@ class Spans:
     after: tuple[float, float]
 
 
-async def stream(client: httpx.AsyncClient, job: Job, gaps: Gaps, ready: asyncio.Event) -> None:
-    """Reads one answer after the other, until it is cancelled. What lies between two answers is no gap."""
+async def stream(client: httpx.AsyncClient, model: str, topic: str, gaps: Gaps, steady: asyncio.Event) -> None:
+    """Reads one answer until it is cancelled. Raises RuntimeError where the answer ends before."""
     body = {
-        "model": job.model, "prompt": list(job.prompt), "max_tokens": job.output, "temperature": 0, "ignore_eos": True,
-        "stream": True,
+        "model": model, "prompt": f"A long and detailed account of {topic}, in plain English.\n\n",
+        "max_tokens": OUTPUT, "temperature": 0, "ignore_eos": True, "stream": True,
+        "stream_options": {"continuous_usage_stats": True},
     }  # fmt: skip
-    while True:
-        times: list[float] = []
-        gaps.times.append(times)
-        async with client.stream("POST", "/v1/completions", json=body) as response:
-            response.raise_for_status()
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    times.append(time.perf_counter())
-                    ready.set()
+    times: list[float] = []
+    gaps.times.append(times)
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                gaps.event(times, time.perf_counter(), orjson.loads(line[6:])["usage"]["completion_tokens"])
+                if len(times) >= STEADY:
+                    steady.set()
+    raise RuntimeError("an answer ended before the loads did")
 
 
 async def post(client: httpx.AsyncClient, path: str, **body: object) -> None:
@@ -135,7 +148,7 @@ async def first_token(client: httpx.AsyncClient, folder: Path) -> float:
     """Milliseconds to load an adapter and have one token of it; it is unloaded again."""
     start = time.perf_counter()
     await post(client, "/load_lora_adapter", lora_name=folder.name, lora_path=str(folder))
-    await post(client, "/v1/completions", model=folder.name, prompt=[1] * PROMPT[0], max_tokens=1)
+    await post(client, "/v1/completions", model=folder.name, prompt=[1] * 32, max_tokens=1)
     taken = time.perf_counter() - start
     await unload_all(client, [folder])
     return 1e3 * taken
@@ -149,38 +162,46 @@ class Measured:
     busy: list[float] = field(default_factory=list)  # the same beside the streams, ms
 
 
-async def measure(client: httpx.AsyncClient, folders: Sequence[Path], quiet: float, vocab: int, turns: int) -> Measured:
+async def measure(client: httpx.AsyncClient, folders: Sequence[Path], quiet: float, turns: int) -> Measured:
     """Streams over base and adapters; without loads, with them, without them, ..., without them."""
     measured = Measured()
     measured.idle = [await first_token(client, folder) for folder in folders[: turns + 1]][1:]  # one to warm up
-    jobs = random_jobs(list(MODELS), STREAMS, PROMPT, OUTPUT, vocab, seed=3)
-    ready = [asyncio.Event() for _ in jobs]
+    steady = [asyncio.Event() for _ in TOPICS]
     tasks = [
-        asyncio.create_task(stream(client, job, measured.gaps, seen)) for job, seen in zip(jobs, ready, strict=True)
+        asyncio.create_task(stream(client, model, topic, measured.gaps, event))
+        for model, topic, event in zip(itertools.cycle(MODELS), TOPICS, steady, strict=False)
     ]
+    turning = asyncio.create_task(_turns(client, folders, quiet, turns, steady, measured))
     try:
-        await asyncio.gather(*(seen.wait() for seen in ready))
-        calm = await _calm(quiet)
-        for turn in range(turns):
-            first = time.perf_counter()
-            await load_all(client, folders)
-            last = time.perf_counter()
-            await unload_all(client, folders)
-            measured.busy.append(await first_token(client, folders[turn]))
-            before, calm = calm, await _calm(quiet)
-            measured.turns.append(Spans(before, (first, last), calm))
+        done, _ = await asyncio.wait((turning, *tasks), return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
     finally:
-        for task in tasks:
+        for task in (turning, *tasks):
             task.cancel()
-        ended = await asyncio.gather(*tasks, return_exceptions=True)
-    if failed := [error for error in ended if isinstance(error, Exception)]:
-        raise failed[0]
+        await asyncio.gather(turning, *tasks, return_exceptions=True)
     return measured
+
+
+async def _turns(
+    client: httpx.AsyncClient, folders: Sequence[Path], quiet: float, turns: int, steady: Sequence[asyncio.Event],
+    measured: Measured,
+) -> None:  # fmt: skip
+    await asyncio.gather(*(event.wait() for event in steady))
+    calm = await _calm(quiet)
+    for turn in range(turns):
+        first = time.perf_counter()
+        await load_all(client, folders)
+        last = time.perf_counter()
+        await unload_all(client, folders)
+        measured.busy.append(await first_token(client, folders[turn]))
+        before, calm = calm, await _calm(quiet)
+        measured.turns.append(Spans(before, (first, last), calm))
 
 
 async def _calm(seconds: float) -> tuple[float, float]:
     """A span without loads."""
-    await asyncio.sleep(1.0)  # what came before is over by then, and the streams' adapters have become one stack
+    await asyncio.sleep(1.0)  # what came before is over by then
     start = time.perf_counter()
     await asyncio.sleep(seconds)
     return start, time.perf_counter()
@@ -188,10 +209,9 @@ async def _calm(seconds: float) -> tuple[float, float]:
 
 def tell(report: Report, measured: Measured, count: int) -> bool:
     """Rows of both phases, a value for each turn; whether the loads kept to the bounds."""
-    calm = [
-        Phase.of(sorted(measured.gaps.between(*s.before) + measured.gaps.between(*s.after))) for s in measured.turns
-    ]
-    loud = [Phase.of(measured.gaps.between(*s.loads)) for s in measured.turns]
+    between = measured.gaps.between
+    calm = [Phase.of(sorted(between(*s.before) + between(*s.after))) for s in measured.turns]
+    loud = [Phase.of(between(*s.loads), calm[turn].median) for turn, s in enumerate(measured.turns)]
     seconds = [end - start for start, end in (spans.loads for spans in measured.turns)]
     report.add(f"{count} loads, disk to arena", "s", seconds, note=f"{count / statistics.median(seconds):.1f} a second")
     for name, phases in (("without loads", calm), ("while adapters load", loud)):
@@ -199,11 +219,15 @@ def tell(report: Report, measured: Measured, count: int) -> bool:
         report.add(f"gap {name}: median", "ms", [phase.median for phase in phases], note=f"{gaps} gaps")
         report.add(f"gap {name}: 99th percentile", "ms", [phase.p99 for phase in phases])
         report.add(f"gap {name}: largest", "ms", [phase.largest for phase in phases])
+        report.add(f"gap {name}: share above two steps", "%", [100 * p.above / p.count for p in phases])
     for name, taken in (("nothing else running", measured.idle), ("beside the streams", measured.busy)):
         if taken:
             report.add(f"a cold adapter's first token, {name}", "ms", taken)
     pairs = list(zip(calm, loud, strict=True))
-    report.add("largest gap without loads", "steps", [quiet.largest / quiet.median for quiet in calm])
+    report.add(
+        "largest gap without loads", "steps", [quiet.largest / quiet.median for quiet in calm],
+        note=f"{measured.gaps.shared} events of several tokens in the whole run",
+    )  # fmt: skip
     ratio = report.add(
         "99th percentile, with loads over without", "x", [with_.p99 / quiet.p99 for quiet, with_ in pairs],
         f"<= {MAX_RATIO}",
@@ -229,7 +253,7 @@ async def run(args: argparse.Namespace) -> None:
             loramux(*model, *flags, threads=args.threads) as server,
             httpx.AsyncClient(base_url=server.base_url, timeout=600) as client,
         ):
-            measured = await measure(client, made, args.quiet, config.dims.vocab, args.turns)
+            measured = await measure(client, made, args.quiet, args.turns)
     report = Report("load-pause-cpu", args.commit)
     tell(report, measured, args.loads)
     print(f"kept as {report.save(args.out)}")

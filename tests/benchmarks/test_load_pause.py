@@ -30,6 +30,15 @@ def test_gaps_belong_to_the_span_in_which_they_lie() -> None:
 def test_a_phase_names_median_tail_and_largest() -> None:
     phase = Phase.of([0.01] * 98 + [0.02, 0.05])
     assert (phase.median, phase.p99, phase.largest, phase.count) == pytest.approx((10, 20, 50, 100))
+    assert (phase.above, Phase.of([0.01] * 3, 4.0).above) == (1, 3)
+
+
+def test_tokens_of_one_event_came_at_even_distances() -> None:
+    gaps, times = Gaps(), list[float]()
+    for now, total in ((1.0, 1), (2.0, 2), (5.0, 5), (6.0, 6)):
+        gaps.event(times, now, total)
+    assert times == pytest.approx([1, 2, 3, 4, 5, 6])
+    assert gaps.shared == 1
 
 
 @pytest.mark.parametrize(("gap", "kept"), [(0.01, True), (0.03, False)])
@@ -40,5 +49,5 @@ def test_the_bounds_tell_loads_that_disturb(gap: float, kept: bool) -> None:
     spans = Spans((0.0, 1.0), (1.0, loud[-1] + 1e-9), (loud[-1] - 1e-9, after[-1] + 1))
     report = Report("test", commit="none")
     assert tell(report, Measured(Gaps([calm, loud, after]), [spans, spans]), count=5) is kept
-    assert len(report.rows) == 10
+    assert len(report.rows) == 12
     assert all(len(row.values) == 2 for row in report.rows)
