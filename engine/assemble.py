@@ -143,7 +143,7 @@ def _assemble(config: EngineConfig, worker: Worker, launcher: ThreadPoolExecutor
     host_bytes = default_budget() if config.max_host_lora_bytes is None else config.max_host_lora_bytes
     on_gpu = info.device.startswith("cuda")
     host_bytes = host_bytes if config.enable_lora else 0
-    host = HostTier(info.dims, info.geometry, DTYPES[info.dtype], host_bytes, pinned=on_gpu)
+    host = HostTier(info.dims, info.geometry, DTYPES[info.dtype], host_bytes, pinned=on_gpu, breaks=worker.breaks)
     scheduler = Scheduler(
         scheduler_config(
             config,
@@ -162,10 +162,10 @@ def _assemble(config: EngineConfig, worker: Worker, launcher: ThreadPoolExecutor
     limits = AdapterLimits(config.max_lora_rank, config.lora_target_modules)
     make_reader = DummyReader if config.load_format == "dummy" else AdapterReader
     inside = None if config.lora_dir is None else Path(config.lora_dir)
-    reader = make_reader(info.dims, limits, config.served_model_name, inside)
+    reader = make_reader(info.dims, limits, config.served_model_name, worker.breaks, inside)
     hub = None if config.load_format == "dummy" else _hub(config)
     loader = AdapterLoader(scheduler.adapters, host, worker, reader, scheduler.counters, link.post, wake, hub)
-    pipeline = Pipeline(worker, launcher)
+    pipeline = Pipeline(worker, launcher, worker.breaks)
     hung_after = max(HUNG_SECONDS, HUNG_STEPS * info.largest_step_seconds)
     overlap = not config.disable_overlap_schedule
     loop = EngineLoop(scheduler, loader, pipeline, link, wake, overlap=overlap, hung_after=hung_after)

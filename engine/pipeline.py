@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.plan import StepPlan, StepResult
+from engine.worker.breaks import Breaks
 
 
 class Pending(Protocol):
@@ -46,8 +47,9 @@ def step_thread() -> ThreadPoolExecutor:
 class Pipeline:
     """At most `depth` steps are on their way at once; the loop keeps to that. `launcher` is `step_thread()`."""
 
-    def __init__(self, worker: StepWorker, launcher: ThreadPoolExecutor) -> None:
+    def __init__(self, worker: StepWorker, launcher: ThreadPoolExecutor, breaks: Breaks) -> None:
         self._worker = worker
+        self._breaks = breaks
         self._launcher = launcher
         self._collector = ThreadPoolExecutor(1, thread_name_prefix="collect")
 
@@ -75,8 +77,9 @@ class Pipeline:
         self._collector.shutdown(cancel_futures=True)
 
     def _run(self, plan: StepPlan) -> Pending:
-        self._worker.forward(plan)
-        return self._worker.sample(plan)
+        with self._breaks.step():
+            self._worker.forward(plan)
+            return self._worker.sample(plan)
 
 
 def _note_failure(result: "asyncio.Future[StepResult]") -> None:

@@ -17,6 +17,7 @@ from engine.layers.packing import Packer
 from engine.models.dims import LORA_MODULES, ModelDims
 from engine.plan import AdapterLoad
 from engine.worker.background import BackgroundThread
+from engine.worker.breaks import Breaks
 
 Done = Callable[[int, BaseException | None], None]
 
@@ -58,11 +59,12 @@ class AdapterBank:
     """Resident adapters by id. `arena` is [chunks, chunk_elements] in the model's dtype."""
 
     def __init__(
-        self, arena: Tensor, dims: ModelDims, thread: BackgroundThread, merged_bytes: int, merged_least: int = 1
+        self, arena: Tensor, dims: ModelDims, breaks: Breaks, merged_bytes: int, merged_least: int = 1
     ) -> None:
         self._arena = arena
         self._dims = dims
-        self._thread = thread
+        self._breaks = breaks
+        self._thread = BackgroundThread("adapter-loads", breaks)
         self._merged_limit = merged_bytes
         self._merged_least = merged_least  # as many stay merged whatever their bytes: those that a batch may hold
         self._packer = Packer()
@@ -89,7 +91,7 @@ class AdapterBank:
         with self._lock:
             merged = self._merged.pop(adapter_id, None)
             views = self._resident[adapter_id]
-        return self._keep(adapter_id, views, merged or self._merge({adapter_id: views}))
+        return self._keep(adapter_id, views, merged or merge(self._dims, {adapter_id: views}, self._packer.pack))
 
     def stack(self) -> AdapterSet | None:
         """The last set that was built on request."""
@@ -118,6 +120,7 @@ class AdapterBank:
             rows = self._arena.view(torch.uint8)
             for chunk, page in zip(load.chunks, adapter.pages, strict=True):
                 rows[chunk].copy_(page)
+                self._breaks.turn()
             views = self._views(load.chunks, adapter.layout.places)
             with self._lock:
                 self._resident[load.adapter_id] = views
@@ -127,7 +130,12 @@ class AdapterBank:
         return None
 
     def _merge(self, adapters: Mapping[int, PieceViews]) -> AdapterSet:
-        return merge(self._dims, adapters, self._packer.pack)
+        """In the background: weight by weight."""
+        return merge(self._dims, adapters, self._pack_in_turn)
+
+    def _pack_in_turn(self, weight: Tensor) -> Tensor:
+        self._breaks.turn()
+        return self._packer.pack(weight)
 
     def _keep(self, adapter_id: int, views: PieceViews, merged: AdapterSet) -> AdapterSet:
         """Remembers a merged adapter while its views are valid, within the limit of bytes."""

@@ -14,6 +14,7 @@ from engine.adapters.intake import AdapterReader
 from engine.adapters.peft import AdapterFile, LoraPair
 from engine.adapters.spec import AdapterLimits, AdapterSpec, ModuleSpec, invalid
 from engine.models.dims import LORA_MODULES, ModelDims
+from engine.worker.breaks import Breaks
 
 LETTERS = {module[0]: index for index, module in enumerate(LORA_MODULES)}
 _SOURCE = re.compile(r"random-([1-9]\d{0,3})-(all|[qkvogud]{1,7})-(\d{1,9})")
@@ -24,8 +25,10 @@ _STD = 0.02
 class DummyReader(AdapterReader):
     """Reads what is named as random from a pool of random numbers; a thread may call it at any time."""
 
-    def __init__(self, dims: ModelDims, limits: AdapterLimits, base: str, inside: Path | None = None) -> None:
-        super().__init__(dims, limits, base, inside)
+    def __init__(
+        self, dims: ModelDims, limits: AdapterLimits, base: str, breaks: Breaks, inside: Path | None = None
+    ) -> None:
+        super().__init__(dims, limits, base, breaks, inside)
         generator = torch.Generator().manual_seed(0)
         self._pool = (torch.randn(_POOL, generator=generator) * _STD).bfloat16()
 

@@ -21,6 +21,7 @@ from engine.adapters.tensorfile import all_finite
 from engine.geometry import PIECE_RANKS, Geometry
 from engine.models.dims import LORA_MODULES, ModelDims
 from engine.types import EngineError, ErrorCode
+from engine.worker.breaks import Breaks
 
 DEFAULT_MAX_BYTES = 32 << 30
 SLAB_BYTES = 256 << 20
@@ -57,8 +58,10 @@ class HostTier:
         *,
         pinned: bool = False,
         slab_bytes: int = SLAB_BYTES,
+        breaks: Breaks | None = None,
     ) -> None:
         self._dims = dims
+        self._breaks = breaks or Breaks()
         self._geometry = geometry
         self._dtype = dtype
         self._adapters: dict[int, HostAdapter] = {}
@@ -87,7 +90,7 @@ class HostTier:
         layout = self.layout(file.spec)
         pages = self._pool.take(layout.chunks)
         try:
-            _fill(pages, layout, file, self._dims, self._dtype)
+            self._breaks.work(lambda: self._fill(pages, layout, file))
             adapter = HostAdapter(adapter_id, file.spec, layout, pages)
             with self._lock:
                 if adapter_id in self._adapters:
@@ -116,6 +119,19 @@ class HostTier:
     def close(self) -> None:
         """Ends the tier's thread."""
         self._pool.close()
+
+    def _fill(self, pages: tuple[Tensor, ...], layout: Layout, file: AdapterFile) -> None:
+        """Page by page, so that each is still in the core's cache when it is looked at."""
+        scales = {(module.layer, module.module): module.scale for module in file.spec.modules}
+        places = groupby(sorted(layout.places, key=attrgetter("chunk")), attrgetter("chunk"))
+        for page, (_, on_page) in zip(pages, places, strict=True):
+            typed = page.zero_().view(self._dtype)
+            for place in on_page:
+                key = (place.layer, place.module)
+                _fill_piece(typed, place, file.pairs[key], scales[key], self._dims)
+            if not all_finite(typed):
+                raise invalid(f"the adapter's scaled weights do not fit {str(self._dtype).removeprefix('torch.')}")
+            self._breaks.turn()
 
 
 class PagePool:
@@ -205,19 +221,6 @@ class PagePool:
         if self._pinned:
             return torch.empty(count, self._page_bytes, dtype=torch.uint8, pin_memory=True)
         return fresh_pages(count * self._page_bytes).view(count, self._page_bytes)
-
-
-def _fill(pages: tuple[Tensor, ...], layout: Layout, file: AdapterFile, dims: ModelDims, dtype: torch.dtype) -> None:
-    """Page by page, so that each is still in the core's cache when it is looked at."""
-    scales = {(module.layer, module.module): module.scale for module in file.spec.modules}
-    places = groupby(sorted(layout.places, key=attrgetter("chunk")), attrgetter("chunk"))
-    for page, (_, on_page) in zip(pages, places, strict=True):
-        typed = page.zero_().view(dtype)
-        for place in on_page:
-            key = (place.layer, place.module)
-            _fill_piece(typed, place, file.pairs[key], scales[key], dims)
-        if not all_finite(typed):
-            raise invalid(f"the adapter's scaled weights do not fit {str(dtype).removeprefix('torch.')}")
 
 
 def _fill_piece(page: Tensor, place: Place, pair: LoraPair, scale: float, dims: ModelDims) -> None:

@@ -22,6 +22,7 @@ from engine.models.dims import ModelDims
 from engine.stats import Recorder
 from engine.types import EngineError, ErrorCode
 from engine.worker.background import lower_priority
+from engine.worker.breaks import Breaks
 
 READERS = 2  # files are read and stored by so many threads of low priority: more would only take the step's cores
 T = TypeVar("T")
@@ -30,11 +31,14 @@ T = TypeVar("T")
 class AdapterReader:
     """From a source to an AdapterFile; blocking."""
 
-    def __init__(self, dims: ModelDims, limits: AdapterLimits, base: str, inside: Path | None = None) -> None:
+    def __init__(
+        self, dims: ModelDims, limits: AdapterLimits, base: str, breaks: Breaks, inside: Path | None = None
+    ) -> None:
         """`inside`: from adapters in this folder no link may lead out of it."""
         self._dims = dims
         self._limits = limits
         self._base = base
+        self._breaks = breaks
         self._inside = inside
 
     def check_name(self, name: str) -> None:
@@ -43,10 +47,13 @@ class AdapterReader:
 
     def read(self, source: str, revision: str | None) -> AdapterFile:
         """Raises EngineError with the reason."""
+        return self._breaks.work(lambda: self._read(source, revision))
+
+    def _read(self, source: str, revision: str | None) -> AdapterFile:
         folder = resolve_source(source, revision)
         if self._inside is not None and Path(source).is_relative_to(self._inside):
             refuse_outside(folder, self._inside)
-        return read_adapter(folder, self._dims, self._limits)
+        return read_adapter(folder, self._dims, self._limits, self._breaks.turn)
 
 
 class Intake:

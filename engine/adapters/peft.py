@@ -5,7 +5,7 @@ Every tensor binds to a module, every module that the config targets has its ten
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -23,6 +23,7 @@ from engine.adapters.targets import Names, ends_with
 from engine.adapters.tensorfile import Entry, Header, all_finite, read_body, read_header, tensor_of
 from engine.models.dims import LORA_MODULES, ModelDims
 from engine.types import CONFIG_FILE, TENSORS_FILE
+from engine.worker.breaks import at_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,13 @@ class AdapterFile:
     pairs: dict[tuple[int, int], LoraPair]
 
 
-def read_adapter(folder: Path, dims: ModelDims, limits: AdapterLimits) -> AdapterFile:
-    """Blocking; raises EngineError (ADAPTER_INVALID) with a reason that its user understands."""
+def read_adapter(
+    folder: Path, dims: ModelDims, limits: AdapterLimits, turn: Callable[[], None] = at_once
+) -> AdapterFile:
+    """Blocking; calls `turn` between parts of the work.
+
+    Raises EngineError (ADAPTER_INVALID) with a reason that its user understands.
+    """
     config = _read_config(folder)
     settings = parse_settings(config)
     with open_adapter_file(folder, TENSORS_FILE) as stream:
@@ -50,8 +56,14 @@ def read_adapter(folder: Path, dims: ModelDims, limits: AdapterLimits) -> Adapte
         header = read_header(stream, size)
         binding = bind(header.entries)
         modules = _check(binding, settings, dims, limits)
+        turn()
         digest = _begin_hash(config, header)
-        body = read_body(stream, header, digest.update)
+
+        def seen(part: memoryview) -> None:
+            digest.update(part)
+            turn()
+
+        body = read_body(stream, header, seen)
     pairs = {key: LoraPair(tensor_of(body, a), tensor_of(body, b)) for key, (a, b) in binding.pairs.items()}
     _check_finite(pairs, binding, body)
     spec = AdapterSpec(modules, digest.hexdigest(), len(config) + size)

@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from engine.worker.breaks import Breaks
+
 NICENESS = 10  # beside busy neighbours a tenth of a core: a load must not starve either, requests wait for it
 log = logging.getLogger(__name__)
 
@@ -16,12 +18,13 @@ log = logging.getLogger(__name__)
 class BackgroundThread:
     """Runs jobs one after the other, in the order they were given. The interpreter waits for it when it ends."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, breaks: Breaks) -> None:
+        self._breaks = breaks
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=lower_priority)
 
     def submit(self, job: Callable[[], None]) -> Future[None]:
         """What a job raises is logged; whoever must know of it is told by the job itself."""
-        return self._executor.submit(_run, job)
+        return self._executor.submit(_run, job, self._breaks)
 
     def close(self) -> None:
         """Ends the thread after the job that runs; those behind it are dropped."""
@@ -29,9 +32,9 @@ class BackgroundThread:
 
 
 @torch.inference_mode()
-def _run(job: Callable[[], None]) -> None:
+def _run(job: Callable[[], None], breaks: Breaks) -> None:
     try:
-        job()
+        breaks.work(job)
     except Exception:
         log.exception("background work failed")
 

@@ -16,6 +16,7 @@ from engine.models.device_weights import load_weights
 from engine.models.registry import load_config
 from engine.models.weights import Progress, open_weights
 from engine.worker.accelerator import Accelerator, make_accelerator
+from engine.worker.breaks import Breaks
 from engine.worker.device_batch import Packer
 from engine.worker.device_runner import DeviceRunner
 from engine.worker.device_sampler import DeviceSampler
@@ -57,7 +58,7 @@ def start_device(config: EngineConfig, folder: Path, device: torch.device, progr
     info = make_info(
         config, setting.model, setting.geometry, size, setting.dtype, device, setting.step_tokens, "triton"
     )
-    worker = Worker(info, runner, bank, runner.lora_steps, STEP_THREADS)
+    worker = Worker(info, runner, bank, runner.lora_steps, STEP_THREADS, Breaks())
     if device.type == "cuda":
         worker.warmed_up()
         if not config.disable_cuda_graph:

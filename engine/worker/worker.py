@@ -21,7 +21,7 @@ from engine.models.dims import ModelDims
 from engine.models.registry import load_config
 from engine.models.weights import Progress, open_weights
 from engine.plan import AdapterLoad, StepPlan
-from engine.worker.background import BackgroundThread
+from engine.worker.breaks import BREAK_SHARE, Breaks
 from engine.worker.lora import LoraChooser
 from engine.worker.memory import ArenaSize, StartupError, allowed_bytes, size_arena
 from engine.worker.rows import make_rows
@@ -86,9 +86,11 @@ class Worker:
     """`forward` and `sample` run on one step thread, `load` and `drop` on the loop's."""
 
     def __init__(
-        self, info: WorkerInfo, runner: StepRunner, bank: Bank, lora_steps: Mapping[str, int], threads: int
-    ) -> None:
+        self, info: WorkerInfo, runner: StepRunner, bank: Bank, lora_steps: Mapping[str, int], threads: int,
+        breaks: Breaks,
+    ) -> None:  # fmt: skip
         self.info = info
+        self.breaks = breaks  # for whoever runs steps, and for what loads adapters beside them
         self._runner = runner
         self._bank = bank
         self._lora_steps = lora_steps
@@ -186,8 +188,8 @@ def _start(config: EngineConfig, folder: Path, progress: Progress) -> Worker:
         decoder = load_decoder(model, source, dtype, device, context, progress)
         source.close()
         arena = torch.zeros(size.chunks, geometry.chunk_elements, dtype=dtype, device=device)
-    thread, merged_bytes = BackgroundThread("adapter-loads"), arena.nbytes // MERGED_SHARE
-    bank = AdapterBank(arena, model.dims, thread, merged_bytes, config.max_loras_per_batch)
+    breaks = Breaks(BREAK_SHARE if threads >= len(os.sched_getaffinity(0)) else 0.0)
+    bank = AdapterBank(arena, model.dims, breaks, arena.nbytes // MERGED_SHARE, config.max_loras_per_batch)
     chooser = LoraChooser(bank, config.lora_stack)
     rows = make_rows(config.max_running_requests, geometry.blocks(context), device)
     attention = TorchAttention(
@@ -201,7 +203,7 @@ def _start(config: EngineConfig, folder: Path, progress: Progress) -> Worker:
     sampler = Sampler(rows, config.max_running_requests, model.dims.vocab, model.eos_token_ids, device)
     runner = Runner(decoder, attention, chooser, rows, sampler, geometry.block_tokens, device)
     info = make_info(config, model, geometry, size, dtype, device, step_tokens_of(config, device, context))
-    return Worker(info, runner, bank, chooser.counts, threads).warmed_up()
+    return Worker(info, runner, bank, chooser.counts, threads, breaks).warmed_up()
 
 
 def make_info(

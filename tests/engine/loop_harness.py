@@ -22,6 +22,7 @@ from engine.pipeline import Pipeline, step_thread
 from engine.plan import AdapterLoad, SequenceResult, StepPlan, StepResult
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.types import EngineError, ErrorCode, FinishReason, ModelInfo, SamplingParams
+from engine.worker.breaks import Breaks
 
 BLOCK, CONTEXT, PAGES = 16, 128, 3
 SIZES: dict[str, Any] = {
@@ -217,7 +218,7 @@ async def harness(
         wake,
         hub,
     )
-    pipeline = Pipeline(worker, step_thread())
+    pipeline = Pipeline(worker, step_thread(), Breaks())
     loop = EngineLoop(scheduler, loader, pipeline, engine_end, wake, overlap=overlap, hung_after=hung_after)
     try:
         await loader.start(paths, scheduler.config.max_loaded, restored)

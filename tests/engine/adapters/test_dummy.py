@@ -9,6 +9,7 @@ from engine.adapters.dummy import DummyReader
 from engine.adapters.spec import AdapterLimits
 from engine.models.dims import LORA_MODULES, ModelDims
 from engine.types import EngineError
+from engine.worker.breaks import Breaks
 from tests.support.adapters import write_adapter
 
 DIMS = ModelDims(2, 64, 96, 4, 2, 16, 256)
@@ -16,7 +17,7 @@ DIMS = ModelDims(2, 64, 96, 4, 2, 16, 256)
 
 @pytest.fixture(scope="module")
 def reader() -> DummyReader:
-    return DummyReader(DIMS, AdapterLimits(32), "llama")
+    return DummyReader(DIMS, AdapterLimits(32), "llama", Breaks())
 
 
 def test_shapes_and_modules_are_as_named(reader: DummyReader) -> None:
@@ -45,7 +46,7 @@ def test_beyond_the_limits_is_refused(reader: DummyReader) -> None:
     with pytest.raises(EngineError, match="rank 64"):
         reader.read("random-64-all-1", None)
     with pytest.raises(EngineError, match="down_proj"):
-        DummyReader(DIMS, AdapterLimits(32, ("q_proj",)), "llama").read("random-8-d-1", None)
+        DummyReader(DIMS, AdapterLimits(32, ("q_proj",)), "llama", Breaks()).read("random-8-d-1", None)
 
 
 def test_other_sources_are_read_as_ever(reader: DummyReader, tmp_path: Path) -> None:
