@@ -7,12 +7,14 @@ and whoever is not in a step leaves. What is masked in a lane is multiplied by z
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.layers.touched import TouchedMemory
 from engine.models.dims import ModelDims
 from engine.worker.batch import Span
 
@@ -20,14 +22,14 @@ from engine.worker.batch import Span
 class Lane:
     """The members of one capacity, densely packed in its first places.
 
-    There are as many places as were needed at once, rounded up to a power of two: memory that is touched for the first
-    time holds a step up, so that places for all who might come would cost more than moving the members when more do.
+    There are as many places as were needed at once, rounded up to a power of two; members move when more come. Its
+    memory is lent by `memory` where that has as much in one piece: fresh memory would hold a step up.
     """
 
-    def __init__(self, arena_kv: Tensor, capacity_blocks: int, most: int) -> None:
+    def __init__(self, arena_kv: Tensor, capacity_blocks: int, most: int, memory: TouchedMemory) -> None:
         _, self._layers, _, self._heads, self._block, self._dim = arena_kv.shape
         self._arena = as_bytes(arena_kv.flatten(4))  # [chunks, layers, 2, kv_heads, bytes of a page]
-        self._blocks, self._most = capacity_blocks, most
+        self._blocks, self._most, self._memory = capacity_blocks, most, memory
         self.capacity = capacity_blocks * self._block  # tokens
         self.members: list[int] = []  # sequence ids
         self._lengths: dict[int, int] = {}  # sequence id -> tokens that are up to date
@@ -47,19 +49,23 @@ class Lane:
         place = self._layers * 2 * self._heads * self.capacity * self._dim * self._kv.element_size()
         return place * max(self._rounded(members), self.places)
 
-    def reserve(self, members: int) -> bool:
-        """Whether there are places for so many now; those who are there keep theirs."""
+    def reserve(self, members: int, *, lent: bool) -> bool:
+        """Whether there are places for so many now, in memory that is `lent` or any; who is there keeps its place."""
         if members > self._most:
             return False
         if members > self.places:
-            before = self._kv
-            shape = (self._layers, 2, self._rounded(members), self._heads, self.capacity, self._dim)
-            try:
-                self._kv = before.new_empty(shape)
-            except RuntimeError:  # no memory for it
+            before, shape = self._kv, (self._layers, 2, self._rounded(members), self._heads, self.capacity, self._dim)
+            after = self._lent(shape) if lent else self._fresh(shape)
+            if after is None:
                 return False
+            self._kv = after
             self._pages()[:, :, : before.shape[2]] = self._pages(before)
+            self._memory.give(before)
         return True
+
+    def release(self) -> None:
+        """Gives its memory back; it is not used any more."""
+        self._memory.give(self._kv)
 
     def update(self, spans: Mapping[int, Span], block_table: NDArray[np.int64]) -> None:
         """Makes the members exactly these (by sequence id), each with its keys and values up to the span's start."""
@@ -85,6 +91,16 @@ class Lane:
         """Each [members * kv_heads, capacity, head_dim]."""
         k, v = self._kv[layer, :, : len(self.members)].flatten(1, 2).unbind(0)
         return k, v
+
+    def _lent(self, shape: Sequence[int]) -> Tensor | None:
+        memory = self._memory.take(prod(shape) * self._kv.element_size())
+        return None if memory is None else memory.view(self._kv.dtype).view(shape)
+
+    def _fresh(self, shape: Sequence[int]) -> Tensor | None:
+        try:
+            return self._kv.new_empty(shape)
+        except RuntimeError:  # there is none
+            return None
 
     def _rounded(self, members: int) -> int:
         return min(1 << max(0, members - 1).bit_length(), self._most)
@@ -138,6 +154,7 @@ class KvMirror:
         self._arena_kv = arena.view(shape)
         self._chunk_bytes = arena[0].nbytes
         self._limit = limit_bytes
+        self._memory = TouchedMemory(limit_bytes)
         self._lanes: dict[int, Lane] = {}  # by capacity in blocks, least recently used first
 
     def update(
@@ -159,15 +176,17 @@ class KvMirror:
         """The lane of a capacity with room for its members, or None. Lanes that this step does not want make room."""
         lane = self._lanes.pop(blocks, None)
         if lane is None:
-            lane = Lane(self._arena_kv, blocks, self._limit // (blocks * self._chunk_bytes))
-        needed = lane.nbytes_for(members)
-        for idle in [b for b in self._lanes if b not in wanted]:
-            if self._taken() + needed > self._limit:
-                del self._lanes[idle]
-        if self._taken() + needed > self._limit or not lane.reserve(members):
+            lane = Lane(self._arena_kv, blocks, self._limit // (blocks * self._chunk_bytes), self._memory)
+        needed, idle = lane.nbytes_for(members), [b for b in self._lanes if b not in wanted]
+        while not (self._fits(needed) and lane.reserve(members, lent=True)):
+            if not idle:
+                break
+            self._lanes.pop(idle.pop(0)).release()
+        if not self._fits(needed) or not lane.reserve(members, lent=False):
+            lane.release()
             return None
         self._lanes[blocks] = lane
         return lane
 
-    def _taken(self) -> int:
-        return sum(lane.nbytes for lane in self._lanes.values())
+    def _fits(self, nbytes: int) -> bool:
+        return sum(lane.nbytes for lane in self._lanes.values()) + nbytes <= self._limit
