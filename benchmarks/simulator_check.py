@@ -1,27 +1,32 @@
 """The simulator against the real engine: the same trace, the same sizes, a tiny model on the CPU.
 
-Time is counted in steps on both sides, so the machine's speed hardly matters: a request comes when so many steps have
-committed. What a copy and a read take, in steps, is measured in the engine's run and told the simulator.
+Time is counted in steps on both sides, so the machine's speed does not matter: a request comes, and what a copy or a
+read brought is seen, when so many steps have committed. The engine's copies and reads are real; until one is done that
+is due, no further step is planned.
 """
 
 import argparse
 import asyncio
+import contextlib
+import heapq
 import itertools
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.checkpoint import TINY, write_checkpoint
 from benchmarks.simulator import Seconds, Simulation, Traffic
+from engine.adapters.bank import Done
+from engine.adapters.host import HostAdapter
+from engine.adapters.peft import AdapterFile
 from engine.assemble import Engine, build
 from engine.config import EngineConfig, LoraPath
-from engine.messages import Command, Event, Heartbeat, RequestFailed, SequenceOutput, Stats, StepOutputs, Submit
+from engine.messages import Command, Event, RequestFailed, SequenceOutput, Stats, StepOutputs, Submit
 from engine.models.dims import LORA_MODULES
-from engine.plan import StepPlan, StepResult
+from engine.plan import AdapterLoad, StepPlan, StepResult
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.types import FinishReason
 
@@ -30,6 +35,7 @@ BLOCK_TOKENS = 32  # of the tiny model
 TRAFFIC = Traffic("Zipf 1.0, mixed ranks", 1.0, rate=0.5, prefix=64, prompt=16, output=12)  # rate: requests a step
 CONTEXT = 96
 ARENA_CHUNKS = 120
+SECONDS = Seconds(step=1.0, token=0.0, load=0.6, chunk=0.0, source=3.4)  # in steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +67,9 @@ class Steps:
     Steps that only start copies are none: they take no time. Each request is one sequence, numbered as it came.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, link: "TraceLink | None" = None) -> None:
+        """`link` keeps the time where there is one."""
+        self._link = link
         self.planned = self.committed = 0
         self._waits: dict[int, int] = {}  # by sequence_id
         self._came: list[int] = []  # steps planned when a request came
@@ -84,11 +92,15 @@ class Steps:
         )
 
     def _submit(self, command: Submit, now: float) -> None:
-        self._inner[0](command, now)
+        self._inner[0](command, self._time(now))
         self._came.append(self.planned)
+        if self._link is not None:
+            self._link.submitted()
 
     def _plan(self, now: float) -> StepPlan | None:
-        plan = self._inner[1](now)
+        plan = self._inner[1](self._time(now))
+        if plan is None and self._link is not None:
+            self._link.nothing_to_plan()
         if plan is not None and plan.sequences:
             for admission in plan.admissions:
                 wait = self.planned - self._came[admission.sequence_id - 1]
@@ -97,62 +109,94 @@ class Steps:
         return plan
 
     def _commit(self, result: StepResult, now: float) -> list[SequenceOutput]:
-        outputs = self._inner[2](result, now)
+        outputs = self._inner[2](result, self._time(now))
         self.committed += bool(result.results)
         return outputs
 
+    def _time(self, now: float) -> float:
+        return now if self._link is None else self._link.now
 
-class Copies:
-    """Hooks itself into a scheduler and tells how long each copy to the arena took by itself: one runs at a time."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.seconds: list[float] = []
-        self._planned: dict[int, float] = {}  # adapter_id -> when
-        self._free = 0.0  # when the copy before was done
-        self._inner = (scheduler.adapters.copy_planned, scheduler.adapters.load_done)
-        scheduler.adapters.copy_planned = self._plan  # type: ignore[method-assign]
-        scheduler.adapters.load_done = self._done  # type: ignore[method-assign]
+@dataclass(order=True, slots=True)
+class Held:
+    """A copy or a read under way."""
 
-    def _plan(self, adapter_ids: Iterable[int], now: float) -> None:
-        begun = list(adapter_ids)
-        self._planned.update(dict.fromkeys(begun, now))
-        self._inner[0](begun, now)
-
-    def _done(self, adapter_id: int, now: float) -> None:
-        self._inner[1](adapter_id, now)
-        self.seconds.append(now - max(self._planned.pop(adapter_id), self._free))
-        self._free = now
+    at: float  # when it is done, in steps
+    number: int  # of those that are done at the same time the first begun comes first
+    due: asyncio.Event = field(default_factory=asyncio.Event, compare=False)
+    over: asyncio.Event = field(default_factory=asyncio.Event, compare=False)  # the scheduler knows
 
 
 class TraceLink:
-    """The engine's end of a link behind which a trace stands. An engine without work gets the next request at once."""
+    """The engine's end of a link behind which a trace stands. It keeps the time.
+
+    That is the steps committed, and what was skipped: an engine with nothing to run meets the next event at once.
+    """
 
     def __init__(self) -> None:
-        self.load_seconds: list[tuple[str, float]] = []
         self._commands: asyncio.Queue[Command | None] = asyncio.Queue()
         self._due: list[tuple[float, Submit]] = []  # the next one last
+        self._held: list[Held] = []  # a heap
+        self._numbers = itertools.count()
         self._steps: Steps | None = None
+        self._resting: Callable[[], bool] = lambda: False
+        self._told = self._known = 0  # changes so far; those that the last plan knew of
+        self._rested = asyncio.Event()
+        self._catching_up = asyncio.Lock()
         self._open = 0
-        self._skipped = 0.0  # steps in which there was nothing to do
+        self._skipped = 0.0
 
-    def begin(self, arrivals: list[tuple[float, Submit]], steps: Steps) -> None:
-        """`arrivals` are in steps."""
-        self._due, self._steps = arrivals[::-1], steps
-        self._release()
+    @property
+    def now(self) -> float:
+        """In steps."""
+        return self._skipped + (0 if self._steps is None else self._steps.committed)
+
+    async def begin(self, arrivals: list[tuple[float, Submit]], steps: Steps, resting: Callable[[], bool]) -> None:
+        """`arrivals` are in steps; `resting` says whether no plan is on its way."""
+        self._due, self._steps, self._resting = arrivals[::-1], steps, resting
+        await self.flush()
+
+    def hold(self, steps: float, begin: float | None = None) -> Held:
+        """What begins now, or then, and takes so many steps."""
+        held = Held((self.now if begin is None else begin) + steps, next(self._numbers))
+        heapq.heappush(self._held, held)
+        return held
+
+    def end(self, held: Held) -> None:
+        """The scheduler has been told what came of it."""
+        self._told += 1
+        held.over.set()
+
+    def submitted(self) -> None:
+        """The scheduler has a request."""
+        self._told += 1
+
+    def nothing_to_plan(self) -> None:
+        """The scheduler has looked."""
+        self._known = self._told
+        self._rested.set()
+
+    @contextlib.contextmanager
+    def skipping(self) -> Iterator[None]:
+        """Time passes also where no step does."""
+        task = asyncio.create_task(self._skip())
+        try:
+            yield
+        finally:
+            task.cancel()
 
     def post(self, message: Event) -> None:
         """Raises RuntimeError for a request that failed."""
         match message:
             case StepOutputs(outputs=outputs):
                 self._open -= sum(output.finish is FinishReason.LENGTH for output in outputs)
-            case Heartbeat(stats=stats):
-                self.load_seconds += stats.load_seconds
             case RequestFailed(message=reason):
                 raise RuntimeError(f"a request of the trace failed: {reason}")
 
     async def flush(self) -> None:
-        """Called at every commit: what is due is accepted before the next plan, as in the simulator."""
-        self._release()
+        """Called at every commit: what is due is known before the next plan, as in the simulator."""
+        async with self._catching_up:
+            await self._catch_up()
         await asyncio.sleep(0)
 
     async def receive(self) -> Command | None:
@@ -161,20 +205,79 @@ class TraceLink:
     async def close(self) -> None:
         """Nobody is at the other end."""
 
-    def _release(self) -> None:
-        """Hands over what is due, and ends the engine behind the last."""
+    async def _skip(self) -> None:
+        while True:
+            await self._rested.wait()
+            self._rested.clear()
+            async with self._catching_up:
+                if self._known == self._told and self._commands.empty() and self._resting():
+                    events = [held.at for held in self._held[:1]] + [at for at, _ in self._due[-1:]]
+                    self._skipped += max(0.0, min(events, default=0.0) - self.now)
+                    await self._catch_up()
+
+    async def _catch_up(self) -> None:
+        """Whatever has happened by now; ends the engine behind the last request."""
         if self._steps is None:
             return
-        while self._due and self._is_due(self._due[-1][0], self._steps.committed):
+        while self._held and self._held[0].at <= self.now:
+            held = heapq.heappop(self._held)
+            held.due.set()
+            await held.over.wait()
+        while self._due and self._due[-1][0] <= self.now:
             self._commands.put_nowait(self._due.pop()[1])
             self._open += 1
         if not self._due and not self._open:
             self._commands.put_nowait(None)
 
-    def _is_due(self, arrival: float, committed: int) -> bool:
-        if not self._open:
-            self._skipped = max(self._skipped, arrival - committed)
-        return arrival <= committed + self._skipped
+
+class Loads:
+    """Hooks itself into an engine: copies, one at a time, and reads take as many steps as they are said to."""
+
+    def __init__(self, engine: Engine, link: TraceLink) -> None:
+        self._link = link
+        self._free = 0.0  # when the copy before is done
+        self._reads: dict[int, Held] = {}  # by adapter_id
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        loader = engine.loader
+        self._inner = (engine.worker.load, loader.fetch, loader._fetch, loader._intake.read)
+        engine.worker.load = self._load  # type: ignore[method-assign,assignment]
+        loader.fetch = self._fetch  # type: ignore[method-assign]
+        loader._fetch = self._fetch_and_tell  # type: ignore[method-assign]
+        loader._intake.read = self._read  # type: ignore[method-assign]
+
+    def _load(self, load: AdapterLoad, adapter: HostAdapter, done: Done) -> None:
+        begin = max(self._link.now, self._free)
+        held = self._link.hold(SECONDS.load, begin)
+        self._free = held.at
+
+        def copied(adapter_id: int, error: BaseException | None) -> None:
+            self._loop.call_soon_threadsafe(self._begin_telling, held, done, adapter_id, error)
+
+        self._inner[0](load, adapter, copied)
+
+    def _begin_telling(self, held: Held, done: Done, adapter_id: int, error: BaseException | None) -> None:
+        task = asyncio.create_task(self._tell(held, done, adapter_id, error))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _tell(self, held: Held, done: Done, adapter_id: int, error: BaseException | None) -> None:
+        await held.due.wait()
+        done(adapter_id, error)  # which tells the loop's thread, this one, in its turn
+        self._loop.call_soon(self._link.end, held)
+
+    def _fetch(self, adapter_id: int) -> None:
+        self._reads[adapter_id] = self._link.hold(SECONDS.source)
+        self._inner[1](adapter_id)
+
+    async def _fetch_and_tell(self, adapter_id: int) -> None:
+        await self._inner[2](adapter_id)
+        self._link.end(self._reads.pop(adapter_id))
+
+    async def _read(self, adapter_id: int, source: str, revision: str | None, *, again: bool = True) -> AdapterFile:
+        file = await self._inner[3](adapter_id, source, revision, again=again)
+        await self._reads[adapter_id].due.wait()
+        return file
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +286,6 @@ class Measured:
 
     told: Told
     pages: tuple[int, ...]  # chunks of the adapters, in turn
-    seconds: Seconds  # in steps
     config: SchedulerConfig
     overlap: bool
 
@@ -214,38 +316,27 @@ def settings(model: Path, scale: Scale, *, overlap: bool) -> EngineConfig:
 
 async def _follow(engine: Engine, link: TraceLink, scale: Scale, seed: int, *, overlap: bool) -> Measured:
     scheduler = engine.scheduler
-    steps, copies = Steps(scheduler), Copies(scheduler)
+    steps = Steps(scheduler, link)
+    Loads(engine, link)
     infos = {int(info.name): info for info in scheduler.adapters.infos()}
     traffic = replace(TRAFFIC, adapters=scale.adapters)
     arrivals = [
         (at, traffic.request(number, adapter, infos[adapter].adapter_id))
         for number, (at, adapter) in enumerate(traffic.arrivals(scale.requests, seed), 1)
     ]
-    scheduler.stats()  # what the start took is told, and over
-    begin = time.perf_counter()
-    link.begin(arrivals, steps)
-    await engine.run()
-    step = (time.perf_counter() - begin) / steps.committed
-    stats = scheduler.stats()
-    took = _means([*link.load_seconds, *stats.load_seconds])
+    await link.begin(arrivals, steps, lambda: not engine.loop._flights)
+    with link.skipping():
+        await engine.run()
     pages = tuple(infos[index].bytes // scheduler.config.chunk_bytes for index in range(len(RANKS)))
-    copy, read = statistics.mean(copies.seconds), took["source"] + took["host"]
-    seconds = Seconds(step=1.0, token=0.0, load=copy / step, chunk=0.0, source=read / step)
-    return Measured(steps.told(stats), pages, seconds, scheduler.config, overlap)
-
-
-def _means(load_seconds: list[tuple[str, float]]) -> dict[str, float]:
-    by_stage = itertools.groupby(sorted(load_seconds), key=lambda load: load[0])
-    return {stage: statistics.mean(seconds for _, seconds in loads) for stage, loads in by_stage}
+    return Measured(steps.told(scheduler.stats()), pages, scheduler.config, overlap)
 
 
 def run_simulator(measured: Measured, scale: Scale, seed: int) -> Told:
     """The same trace by the simulator, with the sizes of the engine that ran."""
     traffic = replace(TRAFFIC, adapters=scale.adapters, pages=measured.pages)
     simulation = Simulation(
-        measured.config, traffic, requests=scale.requests, seed=seed, seconds=measured.seconds,
-        ahead=measured.overlap,
-    )  # fmt: skip
+        measured.config, traffic, requests=scale.requests, seed=seed, seconds=SECONDS, ahead=measured.overlap
+    )
     steps = Steps(simulation.scheduler)
     simulation.run()
     return steps.told(simulation.scheduler.stats())
@@ -263,7 +354,6 @@ def main() -> None:
     rows = {"engine": asdict(measured.told), "simulator": asdict(run_simulator(measured, scale, args.seed))}
     for side, row in rows.items():
         print(side, " ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    print("in steps:", measured.seconds)
     if args.json is not None:
         args.json.write_text(json.dumps({"scale": asdict(scale), "seed": args.seed, "rows": rows}, indent=1) + "\n")
 
