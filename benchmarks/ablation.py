@@ -2,7 +2,8 @@
 
     python -m benchmarks.ablation [--commit HASH] [--folder benchmarks/results]
 
-Llama-3.1-8B's shape, random weights; but for other splits, every candidate must leave the same logits.
+Llama-3.1-8B's shape, random weights; but for other splits, candidates with the same products must leave the same
+logits.
 """
 
 import argparse
@@ -53,11 +54,13 @@ class Candidates:
         self.report = report
         self.floors = worker_floors(bench.worker, replace(FULL, batches=BASE_BATCHES), report)
         self.runner: Any = bench.worker._runner
-        self._wanted: dict[str, Tensor] = {}
+        self._wanted: dict[tuple[str, int], Tensor] = {}
+        self._products = 0
 
     def use(self, overlap: Overlap, batches: Sequence[int], lora: bool) -> None:
         runner = self.runner
         runner._decoder.overlap(overlap)
+        self._products = overlap.products
         shapes = [runner._shapes.make(b, b, prefill=False, lora=lora) for b in batches]
         with runner._accelerator.launching(), torch.inference_mode():
             runner._staging.device.zero_()
@@ -78,7 +81,7 @@ class Candidates:
     ) -> float:
         times = self.time(plans)
         logits = self.runner._sampler.logits[:batch].clone()
-        same = torch.equal(self._wanted.setdefault(name, logits), logits)
+        same = torch.equal(self._wanted.setdefault((name, self._products), logits), logits)
         median = statistics.median(times)
         over = median / self.floors.step(batch, CONTEXT + WARM_UP + STEPS // 2, used)
         note = f"{over:.3f} x floor" + (f", {median / base:.3f} x base" if base else "")
