@@ -123,7 +123,7 @@ def product_tiles(
     """One program a multiprocessor, each with as many bytes to read as the others, a few tiles of them under way.
 
     summed: the reader adds parts up, so that a weight of few output features still fills a tile. shared: shrink and
-    expand are to find room beside it, which more rows than a few are not worth.
+    expand are to find room beside it; with more than 64 rows the room is worth more to the product.
     """
     parts = PRODUCT_PARTS if summed and 16 < cdiv(features, multiprocessors) <= 32 and inner >= 2048 else 1
     programs = max(1, multiprocessors // parts)

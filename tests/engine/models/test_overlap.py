@@ -39,5 +39,17 @@ def test_products_of_four_bytes_an_element_are_the_librarys() -> None:
     assert not Overlap().product(1, weight(dtype=torch.float32))
 
 
+@pytest.mark.parametrize(
+    ("capability", "overlap"),
+    [((8, 9), OFF), ((9, 0), Overlap()), ((10, 3), Overlap()), ((12, 0), Overlap(products=0))],
+    ids=str,
+)
+def test_a_card_overlaps_what_it_can(
+    capability: tuple[int, int], overlap: Overlap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert default_overlap(torch.device("cuda")) == overlap
+
+
 def test_the_interpreter_overlaps_nothing() -> None:
     assert default_overlap(torch.device("cpu")) == OFF
