@@ -4,6 +4,7 @@ The end of the stream is the death of the peer; `flush` is the back-pressure. Ea
 """
 
 import asyncio
+import contextlib
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
@@ -65,10 +66,12 @@ class SocketLink(Generic[In, Out]):
 
     async def close(self) -> None:
         self._writer.close()
-        try:
+        # Everyone who closes waits for one future of the stream: one that is cancelled must not end it for the others.
+        await asyncio.shield(asyncio.create_task(self._closed()))
+
+    async def _closed(self) -> None:
+        with contextlib.suppress(ConnectionError):
             await self._writer.wait_closed()
-        except ConnectionError:
-            return
 
 
 class MemoryLink(Generic[In, Out]):

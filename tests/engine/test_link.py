@@ -54,3 +54,16 @@ async def test_the_end_of_the_stream_reaches_the_peer(ends: Ends, closer: str) -
         await engine.close()
         assert await gateway.receive() is None
         gateway.post(Abort(request_id=1))
+
+
+async def test_one_that_closes_and_is_cancelled_does_not_end_the_others_wait(ends: Ends) -> None:
+    gateway, engine = ends
+    large = Submit(request_id=1, prompt=[2**30] * 1_000_000, n=1, adapter_id=0, params=SamplingParams())
+    gateway.post(large)  # more than the system holds, so that closing takes until the peer has read it
+    first = asyncio.create_task(gateway.close())
+    await asyncio.sleep(0.01)
+    first.cancel()
+    await asyncio.sleep(0)
+    second = asyncio.create_task(gateway.close())
+    assert await engine.receive() == large
+    await second
