@@ -58,7 +58,7 @@ async def test_the_end_of_the_stream_reaches_the_peer(ends: Ends, closer: str) -
 
 async def test_one_that_closes_and_is_cancelled_does_not_end_the_others_wait(ends: Ends) -> None:
     gateway, engine = ends
-    large = Submit(request_id=1, prompt=[2**30] * 1_000_000, n=1, adapter_id=0, params=SamplingParams())
+    large = Submit(request_id=1, prompt=[2**30] * 1_000_000, params=SamplingParams(max_tokens=1, seed=0))
     gateway.post(large)  # more than the system holds, so that closing takes until the peer has read it
     first = asyncio.create_task(gateway.close())
     await asyncio.sleep(0.01)
