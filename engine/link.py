@@ -67,7 +67,7 @@ class SocketLink(Generic[In, Out]):
     async def close(self) -> None:
         self._writer.close()
         # Everyone who closes waits for one future of the stream: one that is cancelled must not end it for the others.
-        await asyncio.shield(asyncio.create_task(self._closed()))
+        await asyncio.shield(self._closed())
 
     async def _closed(self) -> None:
         with contextlib.suppress(ConnectionError):

@@ -1,6 +1,6 @@
-"""Weights on their way into the second-level cache while a small kernel runs: programs of its grid that fetch ahead.
+"""Weights on their way into the second-level cache before a kernel may read its input: it starts at the cache's speed.
 
-The product that follows then starts at the cache's speed, not at memory's. Fetching changes no result.
+Fetching changes no result.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
