@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_meta import DECODE_INTS, SEQUENCE_INTS, AttentionMeta
-from kernels.launch import decode_tiles, dependent, power_of_two, require, require_rows
+from kernels.launch import decode_tiles, dependent, multiprocessors, power_of_two, require, require_rows
 from kernels.layout import KvLayout
 from kernels.lora_meta import DECODE_ITEMS, DECODE_SEQUENCES
 
@@ -171,7 +171,8 @@ def decode_attention(
     heads = q.shape[1] // layout.head_dim
     require(heads % layout.kv_heads == 0, f"{heads} heads over {layout.kv_heads} KV heads are not supported")
     group = heads // layout.kv_heads
-    tiles = decode_tiles(group, layout.head_dim, q.element_size())
+    programs = layout.kv_heads * meta.bounds.decode_grid
+    tiles = decode_tiles(group, layout.head_dim, q.element_size(), programs / multiprocessors(q.device))
     wide = power_of_two(layout.head_dim)
     _decode[(layout.kv_heads, meta.bounds.decode_grid)](
         out,

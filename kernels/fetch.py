@@ -9,11 +9,8 @@ import triton.language as tl
 
 
 @triton.jit
-def fetch(weight, program, count, width, stride, LANES: tl.constexpr):
-    """One program's pieces, one a thread. The widths are multiples of 16; nothing waits for what is fetched."""
-    piece = program * LANES + tl.arange(0, LANES)
-    address = weight.to(tl.int64, bitcast=True) + piece.to(tl.int64) * stride
-    size = tl.where(piece < count, width, 0)
+def fetch_at(address, size):
+    """A piece a thread: int64 addresses and int32 bytes, both multiples of 16; 0 bytes: none."""
     tl.inline_asm_elementwise(
         """{
         .reg .pred real;
@@ -27,3 +24,10 @@ def fetch(weight, program, count, width, stride, LANES: tl.constexpr):
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def fetch(weight, program, count, width, stride, LANES: tl.constexpr):
+    """One program's pieces, one a thread. The widths are multiples of 16; nothing waits for what is fetched."""
+    piece = program * LANES + tl.arange(0, LANES)
+    fetch_at(weight.to(tl.int64, bitcast=True) + piece.to(tl.int64) * stride, tl.where(piece < count, width, 0))

@@ -11,7 +11,8 @@ from kernels.lora_meta import LoraBounds, LoraGroup, split_bound
 DECODE_TILE, PREFILL_TILE = 16, 128  # rows of a LoRA work item in small steps, and in those of many tokens
 SMALL_STEP = 2048  # tokens of the largest small step: an item of few rows costs as much as its tile
 PRODUCT_ROWS, PRODUCT_PARTS = 64, 2  # of the largest product that is ours, and the most parts it is made in
-PRODUCT_MEMORY, SHARED_MEMORY = 222 << 10, 160 << 10  # bytes of a multiprocessor's that a product takes, alone and not
+PRODUCT_MEMORY, SHARED_MEMORY = 222 << 10, 132 << 10  # bytes of a multiprocessor's that a product takes, alone and not
+SHARED_REGISTERS = 168  # a thread's, of a product whose sums are large: an expand has to fit beside it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -46,6 +47,11 @@ def require_rows(*tensors: Tensor) -> None:
 def dependent(on: bool) -> dict[str, bool]:
     """Launch option of a kernel that may start before the one ahead of it ends, and waits for it by itself."""
     return {"launch_pdl": True} if on else {}
+
+
+def limited(registers: int | None) -> dict[str, int]:
+    """Launch option of a kernel whose threads take so many registers at most."""
+    return {} if registers is None else {"maxnreg": registers}
 
 
 def lora_tile(tokens: int, *, prefill: bool) -> int:
@@ -99,7 +105,10 @@ def expand_tiles(bounds: LoraBounds, itemsize: int) -> ExpandTiles:
 
 @dataclass(frozen=True, slots=True)
 class ProductTiles:
-    """programs: shares of the output features; parts: of the inner dimension; columns, rows, inner: of a tile."""
+    """programs: shares of the output features; parts: of the inner dimension; columns, rows, inner: of a tile.
+
+    registers: a thread's at most.
+    """
 
     programs: int
     parts: int
@@ -108,6 +117,7 @@ class ProductTiles:
     inner: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def product_tiles(
@@ -123,19 +133,20 @@ def product_tiles(
     """One program a multiprocessor, each with as many bytes to read as the others, a few tiles of them under way.
 
     summed: the reader adds parts up, so that a weight of few output features still fills a tile. shared: shrink and
-    expand are to find room beside it; with more than 64 rows the room is worth more to the product.
+    expand are to find room beside it; with more than 64 rows the room is worth more to the product. It keeps four
+    tiles under way even so: with two, a product alone is a sixth slower.
     """
     parts = PRODUCT_PARTS if summed and 16 < cdiv(features, multiprocessors) <= 32 and inner >= 2048 else 1
     programs = max(1, multiprocessors // parts)
     programs = min(programs * cdiv(features, programs * 256), cdiv(features, 16))
     columns, tile = max(64, power_of_two(cdiv(features, programs))), max(16, power_of_two(rows))
     memory = SHARED_MEMORY if shared and tile <= 64 else PRODUCT_MEMORY
-    line, least = (columns + tile) * itemsize, 2 if shared else 3
+    line, least = (columns + tile) * itemsize, 4 if shared else 3
     wide = 128 if line * 128 * least <= memory else 64
-    stages = max(2, min(6, memory // (line * wide)))
-    return ProductTiles(
-        programs, parts, columns, tile, wide, 8 if columns > 128 or columns * tile > 4096 else 4, stages
-    )
+    stages = max(least, min(6, memory // (line * wide)))
+    warps = 8 if columns > 128 or columns * tile > 4096 else 4
+    registers = SHARED_REGISTERS if shared and tile <= 64 and columns * tile > 8192 else None
+    return ProductTiles(programs, parts, columns, tile, wide, warps, stages, registers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +168,17 @@ def prefill_tiles(head_dim: int, itemsize: int) -> AttentionTiles:
     return AttentionTiles(64, 64, 8, 2)
 
 
-def decode_tiles(group: int, head_dim: int, itemsize: int) -> AttentionTiles:
+def decode_tiles(group: int, head_dim: int, itemsize: int, each: float) -> AttentionTiles:
+    """each: programs of the launch for each multiprocessor.
+
+    Between 4 and 8 smaller ones, twice as many of which run at once, leave less of the last round empty.
+    """
     rows = max(16, power_of_two(group))
     if itemsize == 4:
         return AttentionTiles(rows, 32, 4, 2)
-    return AttentionTiles(rows, 64, 2, 3) if head_dim <= 128 else AttentionTiles(rows, 64, 4, 2)
+    if head_dim > 128:
+        return AttentionTiles(rows, 64, 4, 2)
+    return AttentionTiles(rows, 32, 1, 3) if 4 < each <= 8 else AttentionTiles(rows, 64, 2, 3)
 
 
 def q_tile(heads: int, kv_heads: int, head_dim: int, itemsize: int) -> int:

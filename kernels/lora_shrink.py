@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import cdiv, multiprocessors, power_of_two, require, require_rows, shrink_tiles
+from kernels.fetch import fetch_at
+from kernels.launch import cdiv, dependent, multiprocessors, power_of_two, require, require_rows, shrink_tiles
 from kernels.layout import piece_unit
 from kernels.lora_meta import LORA_MODULES, LORA_WORK, WORK_INTS, LoraGroup, LoraMeta
 
@@ -65,14 +66,13 @@ def _shrink(
     BM: tl.constexpr,
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
+    SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One unit: BM rows of one item, one rank block of WIDTH modules, one part of the inner dimension.
 
-    A unit is read before the list's length is known (the list is never shorter than the grid).
+    A unit is read before the list's length is known (the list is never shorter than the grid), and before x is there.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     i = tl.arange(0, BM)
     r = tl.arange(0, 16 * WIDTH) % 16
     k = tl.arange(0, BK)
@@ -81,6 +81,14 @@ def _shrink(
         start, start >= 0, work, desc, first, desc_stride, modules, WORK_INTS, GROUPS, WIDTH, SPLITS
     )
     total = tl.load(counts + WORK) * (GROUPS * SPLITS)
+    if PDL:  # A is on its way while what makes x ends
+        if inner % (16 // SIZE) == 0:
+            real = r < tl.where(start < total, ranks, 0)
+            for at in range(start % SPLITS * BK, inner, BK * SPLITS):
+                piece = (arena + (offset * UNIT + r * inner + at)).to(tl.int64, bitcast=True)
+                fetch_at(piece, tl.where(real, tl.minimum(inner - at, BK) * SIZE, 0))
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # not sooner: expand would take the place of the product beside
     for index in range(start, total, tl.num_programs(0)):
         split = index % SPLITS
         if tl.max(ranks, 0) > 0:
@@ -104,7 +112,9 @@ def _shrink(
 
 
 def lora_shrink(x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: LoraGroup, *, pdl: bool = False) -> None:
-    """Partial products of a group's modules. pdl: its expand is launched next, and may start meanwhile.
+    """Partial products of a group's modules.
+
+    pdl: starts before what makes x has ended, and waits for it; its expand is launched next, and may start meanwhile.
 
     x: [tokens, in], rows contiguous; arena: [num_chunks, chunk_elements] in x's dtype. Writes meta.z, which lora_expand
     of the same group reads; the next shrink overwrites it.
@@ -142,7 +152,9 @@ def lora_shrink(x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: Lor
         BM=meta.bounds.tile,
         BK=tiles.inner,
         SPLITS=tiles.splits,
+        SIZE=x.element_size(),
         PDL=pdl,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        **dependent(pdl),
     )

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fetch import fetch
-from kernels.launch import dependent, multiprocessors, product_tiles, require, require_rows
+from kernels.launch import dependent, limited, multiprocessors, product_tiles, require, require_rows
 
 AHEAD = 512  # bytes of each output feature's weights that are fetched before the input is there
 
@@ -132,5 +132,6 @@ def product(
         AHEAD=min(AHEAD, line) if line % 16 == 0 else 0,
         PDL=pdl,
         num_warps=tiles.warps,
+        **limited(tiles.registers),
         **dependent(pdl),
     )

@@ -182,7 +182,7 @@ class DeviceDecoder:
         if lora is not None:
             delta = self.buffers.delta(*out.shape[-2:])
             pdl = self._pdl and x.shape[0] <= self._overlap.products
-            with self._accelerator.beside():
+            with self._accelerator.beside(early=pdl):
                 lora_shrink(x, self._arena, lora, index, group, pdl=pdl)
                 lora_expand(delta, self._arena, lora, index, group, add=False, pdl=pdl)
         if self._overlap.product(x.shape[0], linear.weight):

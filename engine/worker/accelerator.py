@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.worker.edges import CaptureEdges
+
 
 class Event(Protocol):
     """A point in the device's work."""
@@ -36,8 +38,12 @@ class Accelerator(Protocol):
         """The stream of adapter loads."""
         ...
 
-    def beside(self) -> AbstractContextManager[object]:
-        """Work that starts where the steps' stream stands and runs next to it until `join`."""
+    def beside(self, *, early: bool = False) -> AbstractContextManager[object]:
+        """Work that starts where the steps' stream stands and runs next to it until `join`.
+
+        early: its first kernel and the one ahead are dependent launches: in a graph it starts before that one has ended
+        and waits by itself. Multiprocessors go to the steps' stream first then; otherwise to what runs beside.
+        """
         ...
 
     def join(self) -> None:
@@ -68,9 +74,12 @@ class CudaAccelerator:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._steps = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._steps = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._beside = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._above = torch.cuda.Stream(device, priority=-2)  # type: ignore[no-untyped-call]
+        self._below = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._beside = self._above  # the one of the two that runs next to the steps' stream
+        self._edges = CaptureEdges()
 
     def launching(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._steps)
@@ -79,9 +88,12 @@ class CudaAccelerator:
         return torch.cuda.stream(self._copies)
 
     @contextlib.contextmanager
-    def beside(self) -> Iterator[None]:
+    def beside(self, *, early: bool = False) -> Iterator[None]:
         """In an eager step too: the branch costs two events, which a graph does without."""
+        self._beside = self._below if early else self._above
         self._beside.wait_stream(self._steps)
+        if early:
+            self._edges.relax(self._steps.cuda_stream, self._beside.cuda_stream)
         with torch.cuda.stream(self._beside):
             yield
 
@@ -121,7 +133,10 @@ class InterpretedAccelerator:
     def launching(self) -> AbstractContextManager[object]:
         return contextlib.nullcontext()
 
-    copying = beside = launching
+    copying = launching
+
+    def beside(self, *, early: bool = False) -> AbstractContextManager[object]:
+        return contextlib.nullcontext()
 
     def join(self) -> None:
         pass

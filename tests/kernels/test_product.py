@@ -1,5 +1,7 @@
 """The product of small steps against a dense one: odd sizes, parts that its reader adds up, bias."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -57,11 +59,12 @@ def test_real_sizes(rows: int, features: int, inner: int, pdl: bool, device: tor
 @pytest.mark.parametrize("rows", [1, 16, 17, 128])
 @pytest.mark.parametrize(("features", "inner"), [(6144, 4096), (4096, 14336), (57344, 8192), (576, 1536), (16, 64)])
 def test_tiles_hold_every_share(rows: int, features: int, inner: int) -> None:
-    for summed, shared in ((False, False), (True, False), (True, True)):
+    for summed, shared in itertools.product((False, True), repeat=2):
         tiles = product_tiles(rows, features, inner, 132, summed=summed, shared=shared)
         assert -(-features // tiles.programs) <= tiles.columns <= 256
         assert tiles.rows >= rows
-        assert tiles.stages >= 2
+        assert tiles.stages >= (4 if shared else 2)
+        assert (tiles.columns + tiles.rows) * tiles.inner * tiles.stages * 2 <= 227 << 10
         assert tiles.parts == 1 or summed
 
 
