@@ -90,18 +90,18 @@ def make_model(weights: list[list[Tensor]], tokens: int) -> Model:
     )
 
 
-def follow(model: Model, group: int, out: Tensor, delta: Tensor | None, counts: Tensor) -> None:
+def follow(model: Model, group: int, out: Tensor, delta: Tensor | None, delta_rows: Tensor) -> None:
     """The op that comes after a product anyway; it adds the delta."""
-    y, used = model.y[group], None if delta is None else counts
+    y, used = model.y[group], None if delta is None else delta_rows
     if group == 0:
         rotary_store(
             out[:, :4096], y, model.arena, model.layout, 0, model.places, model.places, model.table, delta=delta,
-            counts=used,
+            delta_rows=used,
         )  # fmt: skip
     elif group == 2:
-        silu_mul(out, y, delta=delta, counts=used)
+        silu_mul(out, y, delta=delta, delta_rows=used)
     else:
-        add_rms_norm(out, model.residual, y, model.norm, 1e-5, delta=delta, counts=used)
+        add_rms_norm(out, model.residual, y, model.norm, 1e-5, delta=delta, delta_rows=used)
 
 
 def delta_of(model: Model, adapters: Adapters, step: LoraStep, layer: int, group: int, out: Tensor, add: bool) -> None:
@@ -127,7 +127,7 @@ def run_step(model: Model, adapters: Adapters, step: LoraStep, mode: str, side: 
             if mode == "beside":
                 main.wait_stream(side)
             delta = model.delta[group] if mode == "beside" else None
-            follow(model, group, spare[INNER if group == 2 else HIDDEN], delta, step.meta.counts)
+            follow(model, group, spare[INNER if group == 2 else HIDDEN], delta, step.meta.rows(GROUPS[group]))
 
 
 def check(model: Model, adapters: Adapters, step: LoraStep) -> float:

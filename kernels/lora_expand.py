@@ -56,6 +56,7 @@ def _expand(
     arena,
     z,
     counts,
+    rows_of,
     items,
     desc,
     first,
@@ -92,7 +93,7 @@ def _expand(
     module, column, base, entry, rank, offset, row, rows = _unit(
         start, start >= 0, items, desc, first, desc_stride, blocks, out0, out1, tiles0, tiles1, tiles, ITEM_INTS, BN
     )
-    total = tl.load(counts + ITEMS) * tiles
+    total = tl.where(tl.load(rows_of) > 0, tl.load(counts + ITEMS) * tiles, 0)
     if PDL:  # the first rank block of B is on its way while shrink ends
         most = tl.where(module == 0, out0, tl.where(module == 1, out1, out2)) - column
         width = tl.where(start < total, tl.minimum(rank, 16), 0)
@@ -134,8 +135,8 @@ def lora_expand(
     """Finish the product that lora_shrink of the same group began in meta.z. pdl: as it was launched just before.
 
     y: [tokens, sum(features)], rows contiguous, in the arena's dtype: the base product (add) or a delta buffer, whose
-    rows of adapters are all written (zeros for a module without an adapter) and whose rows of the base are not: the
-    op that adds a delta reads counts[LORA_ROWS] of its rows.
+    rows of adapters are all written (zeros for a module without an adapter) and whose rows of the base are not, nor any
+    where no adapter has the group: the op that adds a delta reads meta.rows(group) of its rows.
 
     Semantics: y[t, first[m] + o] (+)= sum_r z[t, m, r] * B[s, layer, m][o, r] for row t in an item of slot s.
     """
@@ -151,6 +152,7 @@ def lora_expand(
         arena,
         meta.z,
         meta.counts,
+        meta.rows(group),
         meta.items,
         meta.expand_desc,
         layer * LORA_MODULES + group.first,

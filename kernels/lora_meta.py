@@ -18,11 +18,12 @@ from kernels.layout import PIECE_RANKS
 Ints = npt.NDArray[np.int32]
 
 # Positions in the header `counts`.
-LORA_WORK, LORA_ITEMS, LORA_ROWS, PREFILL_ITEMS, DECODE_ITEMS, DECODE_SEQUENCES = range(6)
-HEADER = 8
+LORA_WORK, LORA_ITEMS, PREFILL_ITEMS, DECODE_ITEMS, DECODE_SEQUENCES, LORA_ROWS = range(6)  # LORA_ROWS: by group
+HEADER = 12
 WORK_INTS = 8  # first row, rows, slot, rank block, item, 0, 0, 0
 ITEM_INTS = 4  # first row, rows, slot, 0
 LORA_MODULES = 7
+GROUP_STARTS = (0, 3, 4, 6)  # first module of each group that reads one input: qkv, o, gate_up, down
 ALIGN = 4  # int32 elements; every field starts at a multiple of 16 bytes
 
 
@@ -58,6 +59,10 @@ class LoraGroup:
     inner: int  # in features
     features: tuple[int, ...]  # out features of each: 3 modules (qkv), 2 (gate_up) or 1
 
+    @property
+    def index(self) -> int:
+        return GROUP_STARTS.index(self.first)
+
 
 @dataclass(frozen=True, slots=True)
 class LoraBounds:
@@ -86,13 +91,14 @@ def pack_lora(
     items: Ints,  # [items, ITEM_INTS]
     work: Ints,  # [work, WORK_INTS]
     groups: Sequence[tuple[int, int]],
-    slot_blocks: Ints,  # [slots], most rank blocks that the slot's adapter has in any layer and module
+    slot_blocks: Ints,  # [slots, groups], most rank blocks that the slot's adapter has in any of the modules and layers
     tile: int,
 ) -> None:
     """Fill the LoRA lists in place.
 
     groups: (slot, tokens) of the adapters' rows in batch order; rows lie together by slot from row 0 on, the base's
     come last and are not listed. An item is at most `tile` rows of one slot, a unit of work one rank block of an item.
+    A group that none of the adapters has counts no rows: nothing of it is computed or added.
     """
     slots, tokens = np.array(groups, np.int32).reshape(-1, 2).T
     tiles = -(-tokens // tile)
@@ -102,13 +108,14 @@ def pack_lora(
     lora[:, 0] = (np.cumsum(tokens) - tokens)[owner] + nth * tile
     lora[:, 1] = np.minimum(tokens[owner] - nth * tile, tile)
     lora[:, 2] = slots[owner]
-    blocks = np.maximum(slot_blocks[lora[:, 2]], 1)
+    blocks = np.maximum(slot_blocks[lora[:, 2]].max(1), 1)
     item = np.repeat(np.arange(len(owner)), blocks)
     units = work[: len(item)]
     units[:, :3] = lora[item, :3]
     units[:, 3] = np.arange(len(item)) - (np.cumsum(blocks) - blocks)[item]
     units[:, 4] = item
-    counts[LORA_WORK], counts[LORA_ITEMS], counts[LORA_ROWS] = len(item), len(owner), tokens.sum()
+    counts[LORA_WORK], counts[LORA_ITEMS] = len(item), len(owner)
+    counts[LORA_ROWS : LORA_ROWS + len(GROUP_STARTS)] = np.where(slot_blocks[slots].any(0), tokens.sum(), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +133,11 @@ class LoraMeta:
     @property
     def max_rank(self) -> int:
         return self.bounds.rank_blocks * PIECE_RANKS
+
+    def rows(self, group: LoraGroup) -> Tensor:
+        """[1] int32: the step's first rows, which a delta of the group is computed for; 0 where no adapter has it."""
+        at = LORA_ROWS + group.index
+        return self.counts[at : at + 1]
 
 
 @dataclass(frozen=True, slots=True)

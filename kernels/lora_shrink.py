@@ -49,6 +49,7 @@ def _shrink(
     arena,
     z,
     counts,
+    rows_of,
     work,
     desc,
     first,
@@ -80,7 +81,7 @@ def _shrink(
     module, offset, ranks, row, rows, block = _unit(
         start, start >= 0, work, desc, first, desc_stride, modules, WORK_INTS, GROUPS, WIDTH, SPLITS
     )
-    total = tl.load(counts + WORK) * (GROUPS * SPLITS)
+    total = tl.where(tl.load(rows_of) > 0, tl.load(counts + WORK) * (GROUPS * SPLITS), 0)
     if PDL:  # A is on its way while what makes x ends
         if inner % (16 // SIZE) == 0:
             real = r < tl.where(start < total, ranks, 0)
@@ -135,6 +136,7 @@ def lora_shrink(x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: Lor
         arena,
         meta.z,
         meta.counts,
+        meta.rows(group),
         meta.work,
         meta.shrink_desc,
         layer * LORA_MODULES + group.first,

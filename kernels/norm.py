@@ -7,7 +7,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import dependent, power_of_two, require, require_rows
-from kernels.lora_meta import LORA_ROWS
 
 
 @triton.jit
@@ -16,7 +15,7 @@ def _rms_norm(
     x,
     residual,
     delta,
-    counts,
+    delta_rows,
     weight,
     eps,
     out_stride,
@@ -27,7 +26,6 @@ def _rms_norm(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     DELTA: tl.constexpr,
     PDL: tl.constexpr,
@@ -40,7 +38,7 @@ def _rms_norm(
     real = i < SIZE
     w = tl.load(weight + i, mask=real, other=0.0).to(tl.float32)
     if DELTA:  # known before what is waited for
-        lora = i < tl.where(row < tl.load(counts + ROWS), SIZE, 0)
+        lora = i < tl.where(row < tl.load(delta_rows), SIZE, 0)
     if PDL:
         tl.extra.cuda.gdc_wait()
     value = tl.load(x + row * x_stride + i, mask=real, other=0.0).to(tl.float32)
@@ -72,16 +70,16 @@ def add_rms_norm(
     eps: float,
     *,
     delta: Tensor | None = None,
-    counts: Tensor | None = None,
+    delta_rows: Tensor | None = None,
     pdl: bool = False,
 ) -> None:
     """out, residual, y, delta: [tokens, size], rows contiguous, each of its own dtype; out may be y. weight: [size].
     y: or [parts, tokens, size], whose sum over the parts is meant.
 
-    Semantics: s[t] = residual[t] + y[t] (+ delta[t] for t < counts[LORA_ROWS]); residual = s;
+    Semantics: s[t] = residual[t] + y[t] (+ delta[t] for t < delta_rows[0]); residual = s;
     out[t, i] = s[t, i] / sqrt(mean_j s[t, j]^2 + eps) * weight[i], from s before it is rounded.
     """
-    _launch(out, y, residual, weight, eps, delta, counts, pdl)
+    _launch(out, y, residual, weight, eps, delta, delta_rows, pdl)
 
 
 def _launch(
@@ -91,11 +89,11 @@ def _launch(
     weight: Tensor,
     eps: float,
     delta: Tensor | None,
-    counts: Tensor | None,
+    delta_rows: Tensor | None,
     pdl: bool = False,
 ) -> None:
     require_rows(out, x, weight)
-    require(delta is None or counts is not None, "a delta needs the counts of its rows")
+    require(delta is None or delta_rows is not None, "a delta needs the number of its rows")
     require(out.shape == x.shape[-2:] and out.shape[1] == weight.shape[0], "rows and weight differ in size")
     (rows, size), parts = out.shape, x.shape[0] if x.dim() == 3 else 1
     block = power_of_two(size)
@@ -106,7 +104,7 @@ def _launch(
         x,
         x if residual is None else residual,
         x if delta is None else delta,
-        x if counts is None else counts,
+        x if delta_rows is None else delta_rows,
         weight,
         eps,
         out.stride(0),
@@ -117,7 +115,6 @@ def _launch(
         SIZE=size,
         BLOCK=block,
         PARTS=parts,
-        ROWS=LORA_ROWS,
         RESIDUAL=residual is not None,
         DELTA=delta is not None,
         PDL=pdl,

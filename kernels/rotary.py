@@ -7,7 +7,6 @@ from torch import Tensor
 
 from kernels.launch import cdiv, dependent, power_of_two, require, require_rows
 from kernels.layout import KvLayout
-from kernels.lora_meta import LORA_ROWS
 
 HEADS_EACH, WARPS = 8, 4  # heads of one program
 
@@ -16,7 +15,7 @@ HEADS_EACH, WARPS = 8, 4  # heads of one program
 def _rotary_store(
     qkv,
     delta,
-    counts,
+    delta_rows,
     q_out,
     arena,
     positions,
@@ -30,7 +29,6 @@ def _rotary_store(
     q_stride,
     chunk_elements,
     layer_start,
-    ROWS: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -53,7 +51,7 @@ def _rotary_store(
     position = tl.load(positions + token).to(tl.int64)
     location = tl.load(locations + token)
     if DELTA:  # known before what is waited for
-        lora = mask & (head < tl.where(token < tl.load(counts + ROWS), HEADS + 2 * KV_HEADS, 0))[:, None]
+        lora = mask & (head < tl.where(token < tl.load(delta_rows), HEADS + 2 * KV_HEADS, 0))[:, None]
     if PDL:
         tl.extra.cuda.gdc_wait()
     low = tl.load(qkv + token * qkv_stride + at, mask=mask, other=0.0).to(tl.float32)
@@ -101,7 +99,7 @@ def rotary_store(
     table: Tensor,
     *,
     delta: Tensor | None = None,
-    counts: Tensor | None = None,
+    delta_rows: Tensor | None = None,
     norms: tuple[Tensor, Tensor, float] | None = None,
     pdl: bool = False,
 ) -> None:
@@ -110,7 +108,7 @@ def rotary_store(
     qkv: [tokens, (heads + 2 kv_heads) * head_dim], rows contiguous, q before k before v; q_out: [tokens, heads *
     head_dim] of qkv's dtype (it may be the front of qkv); positions, locations: [tokens] int32, as for store_kv;
     table: [max_positions, head_dim] float32, cosines before sines, with the model's scaling in it; delta: like qkv,
-    added to the first counts[LORA_ROWS] rows; norms: q's and k's RMSNorm weights [head_dim] and epsilon.
+    added to the first delta_rows[0] rows; norms: q's and k's RMSNorm weights [head_dim] and epsilon.
 
     Semantics: x = qkv[t] (+ delta[t]); q, k are normed where norms are given, then rotated as in
     reference.rotary with table[positions[t]]; q_out[t] = q; k, v are stored as in store_kv.
@@ -120,13 +118,13 @@ def rotary_store(
     heads, half = q_out.shape[1] // layout.head_dim, layout.head_dim // 2
     require(qkv.shape[1] == (heads + 2 * layout.kv_heads) * layout.head_dim, "qkv's columns are not q, k and v")
     require(table.is_contiguous() and table.shape[1] == layout.head_dim, "the table is not [positions, head_dim]")
-    require(delta is None or counts is not None, "a delta needs the counts of its rows")
+    require(delta is None or delta_rows is not None, "a delta needs the number of its rows")
     q_weight, k_weight, eps = norms or (qkv, qkv, 0.0)
     rows, parts = qkv.shape[0], cdiv(heads + 2 * layout.kv_heads, HEADS_EACH)
     _rotary_store[(rows, parts)](
         qkv,
         qkv if delta is None else delta,
-        positions if counts is None else counts,
+        positions if delta_rows is None else delta_rows,
         q_out,
         arena,
         positions,
@@ -140,7 +138,6 @@ def rotary_store(
         q_out.stride(0),
         arena.stride(0),
         layer * layout.layer_elements,
-        ROWS=LORA_ROWS,
         HEADS=heads,
         KV_HEADS=layout.kv_heads,
         HALF=half,

@@ -6,7 +6,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import cdiv, dependent, require, require_rows
-from kernels.lora_meta import LORA_ROWS
 
 BLOCK, WARPS = 2048, 8
 
@@ -16,12 +15,11 @@ def _silu_mul(
     out,
     gate_up,
     delta,
-    counts,
+    delta_rows,
     size,
     out_stride,
     in_stride,
     delta_stride,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     DELTA: tl.constexpr,
     PDL: tl.constexpr,
@@ -34,7 +32,7 @@ def _silu_mul(
     real = i < size
     source = gate_up + row * in_stride + i
     if DELTA:  # known before what is waited for
-        lora = i < tl.where(row < tl.load(counts + ROWS), size, 0)
+        lora = i < tl.where(row < tl.load(delta_rows), size, 0)
     if PDL:
         tl.extra.cuda.gdc_wait()
     gate = tl.load(source, mask=real, other=0.0).to(tl.float32)
@@ -53,27 +51,26 @@ def silu_mul(
     gate_up: Tensor,
     *,
     delta: Tensor | None = None,
-    counts: Tensor | None = None,
+    delta_rows: Tensor | None = None,
     pdl: bool = False,
 ) -> None:
     """gate_up, delta: [tokens, 2 * size], gate before up; out: [tokens, size]; rows contiguous.
 
-    Semantics: g[t] = gate_up[t] (+ delta[t] for t < counts[LORA_ROWS]); out[t, i] = silu(g[t, i]) * g[t, size + i].
+    Semantics: g[t] = gate_up[t] (+ delta[t] for t < delta_rows[0]); out[t, i] = silu(g[t, i]) * g[t, size + i].
     """
     require_rows(out, gate_up)
-    require(delta is None or counts is not None, "a delta needs the counts of its rows")
+    require(delta is None or delta_rows is not None, "a delta needs the number of its rows")
     require(gate_up.shape[1] == 2 * out.shape[1], "gate_up is not twice as wide as out")
     rows, parts = out.shape[0], cdiv(out.shape[1], BLOCK)
     _silu_mul[(rows, parts)](
         out,
         gate_up,
         gate_up if delta is None else delta,
-        gate_up if counts is None else counts,
+        gate_up if delta_rows is None else delta_rows,
         out.shape[1],
         out.stride(0),
         gate_up.stride(0),
         gate_up.stride(0) if delta is None else delta.stride(0),
-        ROWS=LORA_ROWS,
         BLOCK=BLOCK,
         DELTA=delta is not None,
         PDL=pdl,

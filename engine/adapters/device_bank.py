@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from engine.adapters.bank import Done, HostPages, PlaceLike
-from engine.geometry import PIECE_ALIGN, Geometry
+from engine.geometry import PIECE_ALIGN, PIECE_RANKS, Geometry
 from engine.models.dims import LORA_MODULES, ModelDims
 from engine.plan import AdapterLoad
 from engine.worker.accelerator import Accelerator
 from engine.worker.staging import Ints
+from kernels.lora_meta import GROUP_STARTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class AdapterTables:
 
     pieces: Tensor  # [layers, 7, 2, rank_blocks] int32 on the device: units of 256 bytes from the arena's start, or -1
     ranks: Tensor  # [layers, 7] int32 on the device
-    blocks: int  # most rank blocks of a module
+    blocks: Ints  # [groups]: most rank blocks of their modules
 
 
 class DeviceBank:
@@ -46,7 +47,7 @@ class DeviceBank:
         device = accelerator.device
         self.pieces = torch.full((slots, dims.layers, modules, 2, rank_blocks), -1, dtype=torch.int32, device=device)
         self.ranks = torch.zeros(slots, dims.layers, modules, dtype=torch.int32, device=device)
-        self.slot_blocks: Ints = np.zeros(slots, np.int32)  # [slots]
+        self.slot_blocks: Ints = np.zeros((slots, len(GROUP_STARTS)), np.int32)
         self._bytes = arena.view(torch.uint8)  # [chunks, chunk_bytes]
         self._arena = arena
         self._dims = dims
@@ -104,7 +105,7 @@ class DeviceBank:
                 tables = AdapterTables(
                     self._accelerator.upload(pieces),
                     self._accelerator.upload(ranks),
-                    -(-int(ranks.max(initial=0)) // 16),
+                    -(-np.maximum.reduceat(ranks.max(0), GROUP_STARTS) // PIECE_RANKS),
                 )
                 copied.record()
             copied.synchronize()

@@ -142,12 +142,11 @@ class DeviceDecoder:
         """Projects, rotates, stores and attends; the result is in `buffers.mixed`."""
         rows, kv, buffers = hidden.shape[0], self._kv, self.buffers
         qkv, query, out = buffers.qkv[:rows], buffers.query[:rows], buffers.mixed[:rows]
-        delta = self._product(index, self._qkv, layer.qkv, hidden, qkv, step.lora)
+        delta, delta_rows = self._product(index, self._qkv, layer.qkv, hidden, qkv, step.lora)
         norms = None if layer.qk_norms is None else (*layer.qk_norms, self._config.norm_eps)
-        counts = None if delta is None else step.attention.counts
         rotary_store(
             query, qkv, self._arena, kv, index, step.positions, step.locations, self._table,
-            delta=delta, counts=counts, norms=norms, pdl=self._pdl,
+            delta=delta, delta_rows=delta_rows, norms=norms, pdl=self._pdl,
         )  # fmt: skip
         sliding = self._window_layers[index]
         meta = step.windowed if sliding else step.attention
@@ -159,9 +158,8 @@ class DeviceDecoder:
     def _feed_forward(self, index: int, layer: LayerWeights, step: StepTensors, hidden: Tensor) -> None:
         rows, buffers = hidden.shape[0], self.buffers
         gate_up = buffers.gate_up[:rows]
-        delta = self._product(index, self._gate_up, layer.gate_up, hidden, gate_up, step.lora)
-        counts = None if delta is None else step.attention.counts
-        silu_mul(buffers.active[:rows], gate_up, delta=delta, counts=counts, pdl=self._pdl)
+        delta, delta_rows = self._product(index, self._gate_up, layer.gate_up, hidden, gate_up, step.lora)
+        silu_mul(buffers.active[:rows], gate_up, delta=delta, delta_rows=delta_rows, pdl=self._pdl)
 
     def _add(self, index: int, group: LoraGroup, linear: Linear, x: Tensor, step: StepTensors, norm: Tensor) -> None:
         """The residual takes a product in, and the next norm is taken of it."""
@@ -170,15 +168,18 @@ class DeviceDecoder:
         y = hidden
         if self._overlap.product(rows, linear.weight):
             y = self.buffers.parts(product_parts(linear.weight), rows)
-        delta = self._product(index, group, linear, x, y, step.lora)
-        counts = None if delta is None else step.attention.counts
-        add_rms_norm(hidden, residual, y, norm, self._config.norm_eps, delta=delta, counts=counts, pdl=self._pdl)
+        delta, delta_rows = self._product(index, group, linear, x, y, step.lora)
+        add_rms_norm(
+            hidden, residual, y, norm, self._config.norm_eps, delta=delta, delta_rows=delta_rows, pdl=self._pdl
+        )
 
     def _product(
         self, index: int, group: LoraGroup, linear: Linear, x: Tensor, out: Tensor, lora: LoraMeta | None
-    ) -> Tensor | None:
-        """out = x @ weight.T (+ bias); the adapters' delta, which the next op adds, is computed beside it."""
-        delta = None
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """out = x @ weight.T (+ bias); the adapters' delta, which the next op adds, is computed beside it.
+
+        Returns the delta and how many rows it has.
+        """
         if lora is not None:
             delta = self.buffers.delta(*out.shape[-2:])
             pdl = self._pdl and x.shape[0] <= self._overlap.products
@@ -191,6 +192,7 @@ class DeviceDecoder:
             torch.mm(x, linear.weight.t(), out=out)
         else:
             torch.addmm(linear.bias, x, linear.weight.t(), out=out)
-        if lora is not None:
-            self._accelerator.join()
-        return delta
+        if lora is None:
+            return None, None
+        self._accelerator.join()
+        return delta, lora.rows(group)

@@ -45,7 +45,7 @@ class Packer:
         fields: Mapping[str, Ints],
         shape: StepShape,
         plan: StepPlan,
-        slot_blocks: Ints,  # [slots]: most rank blocks that the slot's adapter has in a module
+        slot_blocks: Ints,  # [slots, groups]: most rank blocks that the slot's adapter has in one of their modules
         samples: Ints,  # [sampled sequences, SAMPLE_INTS], but for ROW
         edits: Ints,  # [edits, EDIT_INTS]
     ) -> Packed:

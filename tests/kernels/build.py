@@ -36,8 +36,10 @@ class Adapters:
 
     @property
     def slot_blocks(self) -> lora_meta.Ints:
-        largest: lora_meta.Ints = (-(-self.ranks.flatten(1).amax(1) // PIECE_RANKS)).cpu().numpy().astype(np.int32)
-        return largest
+        """[slots, groups]"""
+        largest = self.ranks.amax(1).cpu().numpy().astype(np.int32)
+        blocks: lora_meta.Ints = -(-np.maximum.reduceat(largest, lora_meta.GROUP_STARTS, axis=1) // PIECE_RANKS)
+        return blocks
 
 
 def make_adapters(

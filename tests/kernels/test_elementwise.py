@@ -6,7 +6,6 @@ import torch
 from kernels import reference
 from kernels.kv_store import store_kv
 from kernels.layout import KvLayout
-from kernels.lora_meta import HEADER, LORA_ROWS
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.rotary import rotary_store
 from kernels.silu_mul import silu_mul
@@ -15,10 +14,8 @@ from tests.kernels.build import assert_close
 ROWS, LORA = 7, 4
 
 
-def counts(device: torch.device) -> torch.Tensor:
-    header = torch.zeros(HEADER, dtype=torch.int32, device=device)
-    header[LORA_ROWS] = LORA
-    return header
+def delta_rows(device: torch.device) -> torch.Tensor:
+    return torch.tensor([LORA], dtype=torch.int32, device=device)
 
 
 def delta_like(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +47,9 @@ def test_add_rms_norm(
     delta, clean = delta_like(y)
     wide = residual.double()
     wanted = reference.add_rms_norm(wide, y.double(), weight, 1e-6, clean.double() if lora else None)
-    add_rms_norm(y, residual, y, weight, 1e-6, delta=delta if lora else None, counts=counts(device) if lora else None)
+    add_rms_norm(
+        y, residual, y, weight, 1e-6, delta=delta if lora else None, delta_rows=delta_rows(device) if lora else None
+    )
     assert_close(y, wanted)
     assert_close(residual, wide)
 
@@ -63,7 +62,7 @@ def test_silu_mul(size: int, lora: bool, dtype: torch.dtype, device: torch.devic
     gate_up[0, 0] = -100.0
     delta, clean = delta_like(gate_up)
     out = torch.full((ROWS, size), float("nan"), dtype=dtype, device=device)
-    silu_mul(out, gate_up, delta=delta if lora else None, counts=counts(device) if lora else None)
+    silu_mul(out, gate_up, delta=delta if lora else None, delta_rows=delta_rows(device) if lora else None)
     assert_close(out, reference.silu_mul(gate_up.double(), clean.double() if lora else None))
 
 
@@ -116,7 +115,7 @@ def test_rotary_store(
         locations,
         table,
         delta=delta if lora else None,
-        counts=counts(device) if lora else None,
+        delta_rows=delta_rows(device) if lora else None,
         norms=(weights[0], weights[1], 1e-6) if norm else None,
     )
     assert_close(out, q.flatten(1))
@@ -136,7 +135,7 @@ def test_rotary_in_place(device: torch.device) -> None:
     assert_close(qkv[:, :48], wanted.flatten(1))
 
 
-def test_a_delta_needs_its_counts(device: torch.device) -> None:
+def test_a_delta_needs_the_number_of_its_rows(device: torch.device) -> None:
     x = torch.zeros(1, 8, device=device)
-    with pytest.raises(ValueError, match="counts"):
+    with pytest.raises(ValueError, match="number of its rows"):
         silu_mul(x[:, :4], x, delta=x)

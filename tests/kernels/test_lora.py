@@ -80,8 +80,11 @@ def test_delta(merged: str, tile: int, groups: list[tuple[int, int]], dtype: tor
     y = torch.full((43, sum(GROUPS[merged].features)), 7.0, dtype=dtype, device=device)
     y[: step.rows] = float("nan")
     out, wanted = run(adapters, step, x, y, merged, add=False)
-    assert_close(out[: step.rows], wanted[: step.rows])
+    rows = int(step.meta.rows(GROUPS[merged]))
+    assert_close(out[:rows], wanted[:rows])
+    assert out[rows : step.rows].isnan().all()
     assert (out[step.rows :] == 7.0).all()
+    assert not wanted[rows : step.rows].any()
 
 
 @pytest.mark.parametrize("merged", ["qkv", "down"])

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels import lora_meta
-from kernels.lora_meta import HEADER, LORA_ITEMS, LORA_ROWS, LORA_WORK, LoraBounds, PackedLayout, pack_lora
+from kernels.lora_meta import (
+    GROUP_STARTS,
+    HEADER,
+    LORA_ITEMS,
+    LORA_ROWS,
+    LORA_WORK,
+    LoraBounds,
+    PackedLayout,
+    pack_lora,
+)
 
 GROUPS = st.lists(st.integers(1, 70), max_size=8)
 
@@ -15,7 +24,8 @@ GROUPS = st.lists(st.integers(1, 70), max_size=8)
 @given(tokens=GROUPS, tile=st.sampled_from([16, 32, 64]), data=st.data())
 def test_every_row_and_rank_block_once(tokens: list[int], tile: int, data: st.DataObject) -> None:
     slots = data.draw(st.permutations(range(8)))[: len(tokens)]
-    blocks = np.array(data.draw(st.lists(st.integers(0, 4), min_size=8, max_size=8)), np.int32)
+    drawn = data.draw(st.lists(st.lists(st.integers(0, 4), min_size=4, max_size=4), min_size=8, max_size=8))
+    blocks = np.array(drawn, np.int32)
     bounds = LoraBounds(tokens=sum(tokens) + 3, tile=tile, slots=8, rank_blocks=4)
     counts, items, work = (np.full(shape, 2**30, np.int32) for shape in ((HEADER,), *(s for _, s in bounds.fields())))
     pack_lora(counts, items, work, list(zip(slots, tokens, strict=True)), blocks, tile)
@@ -23,9 +33,10 @@ def test_every_row_and_rank_block_once(tokens: list[int], tile: int, data: st.Da
     owner = [slot for slot, n in zip(slots, tokens, strict=True) for _ in range(n)]
     seen = [(row, slot) for first, n, slot, _ in items[: counts[LORA_ITEMS]] for row in range(first, first + n)]
     assert seen == list(enumerate(owner))
-    assert counts[LORA_ROWS] == len(owner)
+    used = [any(blocks[slot, group] for slot in slots) for group in range(len(GROUP_STARTS))]
+    assert counts[LORA_ROWS : LORA_ROWS + len(GROUP_STARTS)].tolist() == [len(owner) if some else 0 for some in used]
     units = [(int(item), int(block)) for _, _, _, block, item, *_ in work[: counts[LORA_WORK]]]
-    assert units == [(i, b) for i in range(counts[LORA_ITEMS]) for b in range(max(1, blocks[items[i, 2]]))]
+    assert units == [(i, b) for i in range(counts[LORA_ITEMS]) for b in range(max(1, blocks[items[i, 2]].max()))]
     for first, rows, slot, _, item, *_ in work[: counts[LORA_WORK]]:
         assert (first, rows, slot) == tuple(items[item, :3])
     assert (items[: counts[LORA_ITEMS], 1] <= tile).all()
@@ -35,11 +46,11 @@ def test_fields_share_one_array_and_start_aligned() -> None:
     layout = PackedLayout((("counts", (HEADER,)), ("odd", (5,)), ("pairs", (3, 2)), ("none", (0, 4))))
     packed = torch.zeros(layout.size, dtype=torch.int32)
     views = layout.split(packed)
-    assert [view.shape for view in views.values()] == [(8,), (5,), (3, 2), (0, 4)]
+    assert [view.shape for view in views.values()] == [(HEADER,), (5,), (3, 2), (0, 4)]
     for view in views.values():
         assert (view.data_ptr() - packed.data_ptr()) % 16 == 0
     views["pairs"][2, 1] = 7
-    assert packed[8 + 8 + 5] == 7
+    assert packed[HEADER + 8 + 5] == 7
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 16, 64, 512])

@@ -11,7 +11,7 @@ from engine.worker.device_batch import Packed, Packer, no_edits
 from engine.worker.rows import Rows, make_rows
 from engine.worker.shapes import Shapes, StepShape, windowed
 from engine.worker.staging import Ints
-from kernels.lora_meta import DECODE_ITEMS, LORA_ROWS, PREFILL_ITEMS
+from kernels.lora_meta import DECODE_ITEMS, GROUP_STARTS, LORA_ROWS, PREFILL_ITEMS
 from kernels.step_meta import EDITS, EDITS_AT, ROW, SAMPLE_INTS, SAMPLES, TABLE_UPDATES
 from tests.engine.worker.test_shapes import machine
 
@@ -48,7 +48,8 @@ def pack(
     fields = {name: view.numpy() for name, view in shape.layout.split(host).items()}
     fields["tail"] = host[shape.layout.size :].numpy()
     samples = np.full((sum(s.sample for s in steps), SAMPLE_INTS), 9, np.int32)
-    blocks = np.array([0, 2, 1, 0, 0, 0, 0, 0], np.int32)
+    blocks = np.zeros((8, len(GROUP_STARTS)), np.int32)  # nobody has o
+    blocks[1], blocks[2] = (2, 0, 1, 0), (1, 0, 0, 1)
     packed = Packer(made, rows, window).pack(fields, shape, plan, blocks, samples, edits)
     return packed, fields, shape, rows
 
@@ -75,7 +76,8 @@ def test_samples_point_at_the_last_tokens() -> None:
 def test_counts_of_the_lists() -> None:
     _, fields, _, _ = pack(STEPS, no_edits())
     counts = fields["counts"]
-    assert (counts[LORA_ROWS], counts[PREFILL_ITEMS], counts[DECODE_ITEMS]) == (4, 1, 2)
+    assert (counts[PREFILL_ITEMS], counts[DECODE_ITEMS]) == (1, 2)
+    assert counts[LORA_ROWS : LORA_ROWS + len(GROUP_STARTS)].tolist() == [4, 0, 4, 4]
 
 
 def test_tail_holds_updates_then_edits() -> None:
