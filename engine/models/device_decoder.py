@@ -1,7 +1,8 @@
 """The decoder on the device: every family's layers as a sequence of launches over buffers that never move.
 
 The runner calls it eagerly or captures it. LoRA's deltas are computed beside the base products and added by the op that
-follows each anyway. The caller fills the step's lists before; nothing here depends on them but through the device.
+follows each anyway. Behind the last layer's attention a step of prompts goes on with the sampled rows alone, since
+nobody reads the others. The caller fills the step's lists before; nothing here depends on them but through the device.
 """
 
 from dataclasses import dataclass
@@ -19,13 +20,23 @@ from kernels.attention_prefill import prefill_attention
 from kernels.launch import PRODUCT_PARTS, PRODUCT_ROWS
 from kernels.layout import KvLayout
 from kernels.lora_expand import lora_expand
+from kernels.lora_gather import lora_gather
 from kernels.lora_meta import LoraGroup, LoraMeta
 from kernels.lora_shrink import lora_shrink
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.product import product, product_parts
 from kernels.rotary import rotary_store
 from kernels.silu_mul import silu_mul
-from kernels.step_input import embed
+from kernels.step_input import embed, pick_rows
+
+
+@dataclass(frozen=True, slots=True)
+class LastRows:
+    """The rows that are sampled, in the samples' order."""
+
+    step: Tensor  # [STEP_INTS] int32
+    samples: Tensor  # [samples, SAMPLE_INTS] int32
+    lora: LoraMeta | None  # over these rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +50,7 @@ class StepTensors:
     windowed: AttentionMeta  # of the layers with a sliding window
     lora: LoraMeta | None  # None: nobody in the step has an adapter
     prefill: bool
+    last: LastRows | None  # None: every row goes through the whole last layer
 
 
 class DecoderBuffers:
@@ -48,7 +60,7 @@ class DecoderBuffers:
     model's choices away from float32's, and at a row's width it costs next to nothing.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, rows: int, samples: int, dtype: torch.dtype, device: torch.device) -> None:
         dims = config.dims
         query, key = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
 
@@ -56,6 +68,7 @@ class DecoderBuffers:
             return torch.zeros(rows, width, dtype=dtype, device=device)
 
         self.residual = torch.zeros(rows, dims.hidden, dtype=torch.float32, device=device)
+        self.last_residual = self.residual.new_zeros(samples, dims.hidden)
         self.hidden = rows_of(dims.hidden)
         self.qkv = rows_of(query + 2 * key)
         self.query = rows_of(query)
@@ -77,7 +90,7 @@ class DecoderBuffers:
 
 
 class DeviceDecoder:
-    """`forward` leaves the normalised hidden states of all tokens in `buffers.hidden`."""
+    """`forward` leaves normalised hidden states in `buffers.hidden`: of all tokens, or of the step's last rows."""
 
     def __init__(
         self,
@@ -97,7 +110,7 @@ class DeviceDecoder:
         self._kv = kv
         self._last_token = last_token  # [state rows] int64
         self._accelerator = accelerator
-        self._arena = torch.empty(0)
+        self.use(torch.empty(0), torch.empty(0), torch.empty(0))
         self._scale = dims.head_dim**-0.5
         query, key = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
         self._qkv = LoraGroup(0, dims.hidden, (query, key, key))
@@ -112,23 +125,27 @@ class DeviceDecoder:
         self._overlap = overlap
         self._pdl = overlap.pdl  # of the step that is being launched
 
-    def use(self, arena: Tensor) -> None:
-        """Keys, values and adapters are in this arena from now on."""
-        self._arena = arena
+    def use(self, arena: Tensor, pieces: Tensor, ranks: Tensor) -> None:
+        """Keys, values and adapters are in this arena from now on, the slots' adapters where these tables say."""
+        self._arena, self._pieces, self._ranks = arena, pieces, ranks
 
     def forward(self, step: StepTensors) -> None:
         """Launches all layers."""
         weights, buffers, rows = self._weights, self.buffers, step.ids.shape[0]
-        residual, hidden = buffers.residual[:rows], buffers.hidden[:rows]
+        residual, hidden, mixed, lora = buffers.residual[:rows], buffers.hidden[:rows], buffers.mixed[:rows], step.lora
+        if lora is not None:
+            lora_gather(lora, self._pieces, self._ranks)
         embed(residual, weights.embed, step.ids, self._last_token)
         rms_norm(hidden, residual, weights.layers[0].attention_norm, self._config.norm_eps)
         following = [layer.attention_norm for layer in weights.layers[1:]]
         self._pdl = self._overlap.dependent(rows)
         for index, (layer, norm) in enumerate(zip(weights.layers, [*following, weights.norm], strict=True)):
             self._attend(index, layer, step, hidden)
-            self._add(index, self._o, layer.o, buffers.mixed[:rows], step, layer.mlp_norm)
-            self._feed_forward(index, layer, step, hidden)
-            self._add(index, self._down, layer.down, buffers.active[:rows], step, norm)
+            if step.last is not None and index == len(weights.layers) - 1:
+                mixed, residual, lora = *self._pick(step.last), step.last.lora
+            self._add(index, self._o, layer.o, mixed, residual, lora, layer.mlp_norm)
+            active = self._feed_forward(index, layer, hidden[: len(mixed)], lora)
+            self._add(index, self._down, layer.down, active, residual, lora, norm)
 
     def logits(self, out: Tensor, hidden: Tensor) -> None:
         """out: [rows, vocab] float32; hidden: [rows, hidden] from `forward`."""
@@ -155,20 +172,44 @@ class DeviceDecoder:
             prefill_attention(out, query, self._arena, kv, index, meta, self._scale, window)
         decode_attention(out, query, self._arena, kv, index, meta, self._scale, self._pdl)
 
-    def _feed_forward(self, index: int, layer: LayerWeights, step: StepTensors, hidden: Tensor) -> None:
-        rows, buffers = hidden.shape[0], self.buffers
-        gate_up = buffers.gate_up[:rows]
-        delta, delta_rows = self._product(index, self._gate_up, layer.gate_up, hidden, gate_up, step.lora)
-        silu_mul(buffers.active[:rows], gate_up, delta=delta, delta_rows=delta_rows, pdl=self._pdl)
+    def _pick(self, last: LastRows) -> tuple[Tensor, Tensor]:
+        """What attention made of the last rows, in place of the queries, which it is done with; and their residual.
 
-    def _add(self, index: int, group: LoraGroup, linear: Linear, x: Tensor, step: StepTensors, norm: Tensor) -> None:
+        The other layers' descriptors of LoRA's work are no longer needed: these rows' take their place. They are made
+        first: shrink reads them before it waits for the kernel ahead.
+        """
+        count, buffers = last.samples.shape[0], self.buffers
+        if last.lora is not None:
+            lora_gather(last.lora, self._pieces, self._ranks)
+        mixed, residual = buffers.query[:count], buffers.last_residual[:count]
+        pick_rows(mixed, buffers.mixed, last.step, last.samples)
+        pick_rows(residual, buffers.residual, last.step, last.samples)
+        self._pdl = self._overlap.dependent(count)
+        return mixed, residual
+
+    def _feed_forward(self, index: int, layer: LayerWeights, hidden: Tensor, lora: LoraMeta | None) -> Tensor:
+        rows, buffers = hidden.shape[0], self.buffers
+        gate_up, active = buffers.gate_up[:rows], buffers.active[:rows]
+        delta, delta_rows = self._product(index, self._gate_up, layer.gate_up, hidden, gate_up, lora)
+        silu_mul(active, gate_up, delta=delta, delta_rows=delta_rows, pdl=self._pdl)
+        return active
+
+    def _add(
+        self,
+        index: int,
+        group: LoraGroup,
+        linear: Linear,
+        x: Tensor,
+        residual: Tensor,
+        lora: LoraMeta | None,
+        norm: Tensor,
+    ) -> None:
         """The residual takes a product in, and the next norm is taken of it."""
         rows = x.shape[0]
-        residual, hidden = self.buffers.residual[:rows], self.buffers.hidden[:rows]
-        y = hidden
+        y = hidden = self.buffers.hidden[:rows]
         if self._overlap.product(rows, linear.weight):
             y = self.buffers.parts(product_parts(linear.weight), rows)
-        delta, delta_rows = self._product(index, group, linear, x, y, step.lora)
+        delta, delta_rows = self._product(index, group, linear, x, y, lora)
         add_rms_norm(
             hidden, residual, y, norm, self._config.norm_eps, delta=delta, delta_rows=delta_rows, pdl=self._pdl
         )

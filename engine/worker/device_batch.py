@@ -1,8 +1,9 @@
 """A plan as the device reads it: lists and tables packed into the fields of one array, once a step, on the host."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,10 +11,10 @@ from numpy.typing import NDArray
 from engine.plan import SequenceStep, StepPlan
 from engine.worker.batch import Span
 from engine.worker.rows import Rows
-from engine.worker.shapes import Machine, StepShape, windowed
+from engine.worker.shapes import LAST, WINDOWED, Machine, StepShape, second
 from engine.worker.staging import Ints
 from kernels.attention_meta import pack_attention
-from kernels.lora_meta import pack_lora
+from kernels.lora_meta import LoraBounds, pack_lora
 from kernels.step_meta import EDIT_INTS, EDITS, EDITS_AT, ROW, SAMPLES, TABLE_UPDATES, UPDATE_INTS
 
 Longs = NDArray[np.int64]
@@ -57,9 +58,9 @@ class Packer:
         self._pack_tokens(fields, steps, rows, starts, lengths, firsts)
         self._pack_attention(fields, shape, rows, starts, lengths)
         if shape.lora:
-            groups = _groups(steps)
-            counts, items, work = (fields[name] for name in ("counts", "lora_items", "lora_work"))
-            pack_lora(counts, items, work, groups, slot_blocks, shape.lora_bounds.tile)
+            _pack_lora(fields, [(s.slot, s.length) for s in steps], slot_blocks, shape.lora_bounds)
+        if shape.lora and shape.last_rows:
+            _pack_lora(second(fields, LAST), [(s.slot, 1) for s in steps if s.sample], slot_blocks, shape.last_bounds)
         sampled = [i for i, s in enumerate(steps) if s.sample]
         count = len(sampled)
         fields["samples"][:count] = samples
@@ -95,7 +96,7 @@ class Packer:
         first = 0 if self._two_windows else self._window
         pack_attention(dict(fields), shape.attention, *given, first)
         if self._two_windows:
-            pack_attention(windowed(fields), shape.attention, *given, self._window)
+            pack_attention(second(fields, WINDOWED), shape.attention, *given, self._window)
 
     def _pack_tail(
         self, fields: Mapping[str, Ints], steps: Sequence[SequenceStep], samples: int, edits: Ints
@@ -133,10 +134,14 @@ def no_edits() -> Ints:
     return np.empty((0, EDIT_INTS), np.int32)
 
 
-def _groups(steps: Sequence[SequenceStep]) -> list[tuple[int, int]]:
-    """(slot, tokens) of each adapter, in the batch's order; the base comes last and is left out."""
-    slots = groupby(steps, key=lambda s: s.slot)
-    return [(slot, sum(s.length for s in members)) for slot, members in slots if slot >= 0]
+def _pack_lora(
+    fields: Mapping[str, Ints], rows: Iterable[tuple[int, int]], slot_blocks: Ints, bounds: LoraBounds
+) -> None:
+    """rows: (slot, how many) of each sequence in the batch's order; the base comes last and is left out."""
+    slots = groupby(rows, key=itemgetter(0))
+    groups = [(slot, sum(count for _, count in members)) for slot, members in slots if slot >= 0]
+    counts, items, work = (fields[name] for name in ("counts", "lora_items", "lora_work"))
+    pack_lora(counts, items, work, groups, slot_blocks, bounds.tile)
 
 
 def _spans(steps: Sequence[SequenceStep], firsts: Longs) -> tuple[Span, ...]:

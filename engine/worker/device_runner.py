@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.adapters.device_bank import DeviceBank
-from engine.models.device_decoder import DeviceDecoder, StepTensors
+from engine.models.device_decoder import DeviceDecoder, LastRows, StepTensors
 from engine.models.weights import Progress
 from engine.plan import SequenceStep, StepPlan, StepResult
 from engine.worker.accelerator import Accelerator
@@ -24,10 +24,9 @@ from engine.worker.graphs import Graphs
 from engine.worker.results import sequence_result
 from engine.worker.rows import Rows
 from engine.worker.runner import Pending
-from engine.worker.shapes import Shapes, StepShape, windowed
+from engine.worker.shapes import LAST, WINDOWED, Shapes, StepShape, second
 from engine.worker.staging import Staging
 from kernels.attention_meta import AttentionWorkspace
-from kernels.lora_gather import lora_gather
 from kernels.lora_meta import LoraWorkspace
 from kernels.step_input import pick_rows, update_tables
 
@@ -79,7 +78,8 @@ class DeviceRunner:
         self._block_tables = torch.zeros(rows.block_table.shape, dtype=torch.int32, device=device)
         bounds = [shape.attention for shape in largest]
         self._attention = AttentionWorkspace.allocate(bounds, machine.heads, machine.kv.head_dim, device)
-        self._lora = LoraWorkspace.allocate([shape.lora_bounds for shape in largest], machine.kv.layers, device)
+        lists = [bounds for shape in largest for bounds in (shape.lora_bounds, shape.last_bounds)]
+        self._lora = LoraWorkspace.allocate(lists, machine.kv.layers, device)
         hidden = decoder.buffers.hidden
         self._last_hidden = torch.zeros(sampler.tokens.shape[0], hidden.shape[1], dtype=hidden.dtype, device=device)
         self._tensors: dict[StepShape, Tensors] = {}
@@ -91,7 +91,7 @@ class DeviceRunner:
 
     def use(self, arena: Tensor, bank: DeviceBank) -> None:
         """Steps run over this arena from now on, and take their adapters from this bank."""
-        self._decoder.use(arena)
+        self._decoder.use(arena, bank.pieces, bank.ranks)
         self._bank = bank
         self._accelerator.synchronize()  # what made them was in no order with the steps' stream
 
@@ -119,7 +119,8 @@ class DeviceRunner:
             for step in plan.sequences:
                 self._rows.extend(step)
             used = {step.slot for step in plan.sequences if step.slot >= 0}
-            shape = self._shapes.choose(plan.tokens, len(plan.sequences), lora=bool(used))
+            prompts = any(step.prompt_logprobs for step in plan.sequences)
+            shape = self._shapes.choose(plan.tokens, len(plan.sequences), lora=bool(used), all_rows=prompts)
             packed = self._pack(plan, shape, used)
             self.lora_steps["triton" if used else "base"] += 1
             self._graphs.forward(shape)
@@ -193,12 +194,11 @@ class DeviceRunner:
     def _launch_forward(self, shape: StepShape) -> None:
         tensors = self._views(shape)
         update_tables(self._block_tables, tensors.sample.step, tensors.sample.tail)
-        if tensors.step.lora is not None:
-            assert self._bank is not None
-            lora_gather(tensors.step.lora, self._bank.pieces, self._bank.ranks)
         self._decoder.forward(tensors.step)
-        rows = self._last_hidden[: shape.sequences]
-        pick_rows(rows, self._decoder.buffers.hidden, tensors.sample.step, tensors.sample.samples)
+        rows = self._decoder.buffers.hidden[: shape.sequences]
+        if not shape.last_rows:
+            rows = self._last_hidden[: shape.sequences]
+            pick_rows(rows, self._decoder.buffers.hidden, tensors.sample.step, tensors.sample.samples)
         self._decoder.logits(self._sampler.logits[: shape.sequences], rows)
 
     def _launch_sample(self, shape: StepShape) -> None:
@@ -213,17 +213,23 @@ class DeviceRunner:
         device = self._staging.device
         fields = shape.layout.split(device)
         attention = self._attention.meta(shape.attention, fields, self._block_tables)
-        second = windowed(fields)
+        windowed = second(fields, WINDOWED)
         step = StepTensors(
             ids=fields["ids"],
             positions=fields["positions"],
             locations=fields["locations"],
             attention=attention,
-            windowed=self._attention.meta(shape.attention, second, self._block_tables) if second else attention,
+            windowed=self._attention.meta(shape.attention, windowed, self._block_tables) if windowed else attention,
             lora=self._lora.meta(shape.lora_bounds, fields, self._shapes.machine.kv.layers) if shape.lora else None,
             prefill=shape.prefill,
+            last=self._last_views(shape, fields) if shape.last_rows else None,
         )
         return Tensors(step, SampleTensors(fields["step"], fields["samples"], device[shape.layout.size :]))
+
+    def _last_views(self, shape: StepShape, fields: Mapping[str, Tensor]) -> LastRows:
+        lists, layers = second(fields, LAST), self._shapes.machine.kv.layers
+        lora = self._lora.meta(shape.last_bounds, lists, layers) if shape.lora else None
+        return LastRows(fields["step"], fields["samples"], lora)
 
     # Log-probabilities
 

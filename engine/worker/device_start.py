@@ -84,10 +84,11 @@ def _runner(setting: Setting, folder: Path, progress: Progress) -> DeviceRunner:
     weights = load_weights(model, source, device, progress)
     source.close()
     rows = make_rows(machine.max_running, setting.geometry.blocks(setting.context), device)
-    buffers = DecoderBuffers(model, max(shape.tokens for shape in shapes.largest()), setting.dtype, device)
+    largest = shapes.largest()
+    tokens, samples = max(shape.tokens for shape in largest), max(shape.sequences for shape in largest)
+    buffers = DecoderBuffers(model, tokens, samples, setting.dtype, device)
     table = rotary_table(model.rope, dims.head_dim, setting.context, device)
     decoder = DeviceDecoder(model, weights, buffers, table, machine.kv, rows.last_token, accelerator)
-    samples = max(shape.sequences for shape in shapes.largest())
     sampler = DeviceSampler(rows, machine.max_running, samples, dims.vocab, model.eos_token_ids, accelerator)
     window = model.sliding_window if any(model.sliding_layers) else None
     packer = Packer(machine, rows, window or 0)

@@ -24,6 +24,7 @@ MIXED_GRAPHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)  # tokens; mixed steps 
 # With adapters a step is twice as many launches: up to this size the host would not keep up with the device.
 LORA_MIXED_GRAPHS = (*MIXED_GRAPHS, *range(576, 1025, 64))
 WINDOWED = "windowed_"  # prefix of the second set of attention lists
+LAST = "last_"  # prefix of the second set of LoRA lists: over the rows that are sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +35,14 @@ class StepShape:
     sequences: int  # at most, and samples at most
     prefill: bool  # may hold more than one token of a sequence
     lora: bool
+    last_rows: bool  # behind the last layer's attention there are only rows that are sampled, `sequences` at most
     attention: AttentionBounds
     lora_bounds: LoraBounds
+    last_bounds: LoraBounds  # of those rows
     layout: PackedLayout
 
     def __hash__(self) -> int:
-        return hash((self.tokens, self.sequences, self.prefill, self.lora))
+        return hash((self.tokens, self.sequences, self.prefill, self.lora, self.last_rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +86,14 @@ def make_machine(
 
 
 class Shapes:
-    """Makes each shape once."""
+    """Makes each shape once. `last_rows` off: the last layer computes every row, as the others do."""
 
-    def __init__(self, machine: Machine, max_graph: int | None, mixed_graphs: bool = True) -> None:
+    def __init__(
+        self, machine: Machine, max_graph: int | None, mixed_graphs: bool = True, last_rows: bool = True
+    ) -> None:
         self.machine = machine
-        self._made: dict[tuple[int, int, bool, bool], StepShape] = {}
+        self._last_rows = last_rows
+        self._made: dict[tuple[int, int, bool, bool, bool], StepShape] = {}
         limit = min(machine.max_running, DEFAULT_GRAPH_MAX if max_graph is None else max_graph)
         self.decode_buckets = tuple(_ladder(limit))
         self._mixed_buckets = {
@@ -101,9 +107,10 @@ class Shapes:
         mixed = [self._mixed(size, lora) for size in self._mixed_buckets[lora]]
         return [*reversed(mixed), *reversed(decodes)]
 
-    def choose(self, tokens: int, sequences: int, *, lora: bool) -> StepShape:
+    def choose(self, tokens: int, sequences: int, *, lora: bool, all_rows: bool = False) -> StepShape:
         """The shape of a step; those beyond the graphs' are rounded up, so that few exist.
 
+        all_rows: the hidden states of all tokens are wanted; such a shape may have no graph where others have one.
         Raises ValueError for a step that no buffer holds.
         """
         machine = self.machine
@@ -118,48 +125,59 @@ class Shapes:
         mixed = self._mixed_buckets[lora]
         at = bisect_left(mixed, tokens)
         if at < len(mixed):
-            return self._mixed(mixed[at], lora)
+            return self._mixed(mixed[at], lora, all_rows)
         rows = _round(tokens, 64 if tokens <= 1024 else 256)
-        return self.make(rows, _power_of_two(sequences), prefill=True, lora=lora)
+        return self.make(rows, _power_of_two(sequences), prefill=True, lora=lora, all_rows=all_rows)
 
     def largest(self) -> list[StepShape]:
         """Shapes that bound all others in every buffer."""
         machine = self.machine
         rows, running = _round(machine.step_tokens, 256), _power_of_two(machine.max_running)
-        # LoRA's lists are longest where items are short: in the largest of the small steps.
-        steps = [self.make(size, running, prefill=True, lora=True) for size in {rows, min(rows, SMALL_STEP)}]
+        # LoRA's lists are longest where items are short: in the largest of the small steps. The second set of them is
+        # only where at most half of the rows are sampled.
+        steps = [
+            self.make(size, most, prefill=True, lora=True)
+            for size in {rows, min(rows, SMALL_STEP)}
+            for most in {running, min(running, size // 2)}
+        ]
         steps += [self.make(_round(machine.max_running, 64), _round(machine.max_running, 64), prefill=False, lora=True)]
         return [*steps, *self.graphs(lora=True)]
 
-    def make(self, tokens: int, sequences: int, *, prefill: bool, lora: bool) -> StepShape:
-        key = tokens, sequences, prefill, lora
+    def make(self, tokens: int, sequences: int, *, prefill: bool, lora: bool, all_rows: bool = False) -> StepShape:
+        last_rows = self._last_rows and prefill and not all_rows and 2 * sequences <= tokens
+        key = tokens, sequences, prefill, lora, last_rows
         if key not in self._made:
             self._made[key] = self._make(*key)
         return self._made[key]
 
-    def _mixed(self, tokens: int, lora: bool) -> StepShape:
-        return self.make(tokens, min(tokens, self.machine.max_running), prefill=True, lora=lora)
+    def _mixed(self, tokens: int, lora: bool, all_rows: bool = False) -> StepShape:
+        sequences = min(tokens, self.machine.max_running)
+        return self.make(tokens, sequences, prefill=True, lora=lora, all_rows=all_rows)
 
-    def _make(self, tokens: int, sequences: int, prefill: bool, lora: bool) -> StepShape:
+    def _make(self, tokens: int, sequences: int, prefill: bool, lora: bool, last_rows: bool) -> StepShape:
         machine = self.machine
         splits = decode_splits(sequences, machine.kv.kv_heads, machine.multiprocessors)
         tile = machine.q_tile if prefill else 0
         attention = AttentionBounds(tokens, sequences, tile, splits, machine.max_context)
         bounds = LoraBounds(tokens, lora_tile(tokens, prefill=prefill), machine.slots, machine.rank_blocks)
+        last = LoraBounds(sequences, lora_tile(sequences, prefill=False), machine.slots, machine.rank_blocks)
         fields = [("counts", (HEADER,)), *step_fields(tokens, sequences), *attention.fields()]
         if machine.two_windows:
             fields += [(f"{WINDOWED}counts", (HEADER,)), *((WINDOWED + n, shape) for n, shape in attention.fields())]
         if lora:
             fields += bounds.fields()
-        return StepShape(tokens, sequences, prefill, lora, attention, bounds, PackedLayout(tuple(fields)))
+        if lora and last_rows:
+            fields += [(f"{LAST}counts", (HEADER,)), *((LAST + n, shape) for n, shape in last.fields())]
+        layout = PackedLayout(tuple(fields))
+        return StepShape(tokens, sequences, prefill, lora, last_rows, attention, bounds, last, layout)
 
 
 T = TypeVar("T")
 
 
-def windowed(fields: Mapping[str, T]) -> dict[str, T]:
-    """The second set of attention lists under the names of the first."""
-    return {name.removeprefix(WINDOWED): field for name, field in fields.items() if name.startswith(WINDOWED)}
+def second(fields: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """A second set of lists under the names of the first."""
+    return {name.removeprefix(prefix): field for name, field in fields.items() if name.startswith(prefix)}
 
 
 def _ladder(limit: int) -> list[int]:

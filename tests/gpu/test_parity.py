@@ -66,14 +66,18 @@ def load(driver: Driver, adapters: Mapping[int, Weights]) -> None:
 
 
 def forced(
-    owners: Sequence[int | None], exact: DeviceReference, longest: int = 90, tokens: int = TOKENS
+    owners: Sequence[int | None],
+    exact: DeviceReference,
+    longest: int = 90,
+    tokens: int = TOKENS,
+    prompt_logprobs: int | None = 0,
 ) -> list[Request]:
     """Requests whose answer is the reference's."""
     draw = random.Random(len(owners))
     requests = []
     for owner in owners:
         prompt = [draw.randrange(3, 480) for _ in range(draw.randint(2, longest))]
-        params = SamplingParams(max_tokens=tokens, seed=0, temperature=0.0, logprobs=1, prompt_logprobs=0)
+        params = SamplingParams(max_tokens=tokens, seed=0, temperature=0.0, logprobs=1, prompt_logprobs=prompt_logprobs)
         requests.append(Request(prompt, owner, params, force=exact.greedy(prompt, owner, tokens)))
     return requests
 
@@ -128,6 +132,19 @@ def test_many_adapters_in_a_batch(crowd: Case, count: int, figures: Figures) -> 
     driver.worker.close()
     assert_right(judgement)
     assert driver.worker.graph_replays > 0
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_last_rows(crowd: Case, graphs: bool, figures: Figures, request: pytest.FixtureRequest) -> None:
+    """Nobody asks for prompts' log-probabilities: the last layer computes the sampled rows of prompts alone."""
+    driver = crowd.driver(disable_cuda_graph=not graphs, max_loras_per_batch=64, max_running_requests=16)
+    requests = forced([None, *range(1, 9)], crowd.exact, prompt_logprobs=None)
+    judgement = judge(driver.run(requests, (5, 60)), crowd.exact, crowd.peer)
+    figures(request.node.name, dataclasses.asdict(judgement))
+    runner: Any = driver.worker._runner
+    driver.worker.close()
+    assert_right(judgement)
+    assert any(shape.last_rows for shape in runner._tensors)
 
 
 def test_top_of_a_large_arena(crowd: Case, figures: Figures) -> None:

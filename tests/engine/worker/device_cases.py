@@ -7,7 +7,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,8 +15,10 @@ from msgspec.structs import replace
 
 from engine.config import EngineConfig, LoraPath
 from engine.models.weights import Progress
+from engine.plan import StepPlan
 from engine.types import SamplingParams
 from engine.worker.device_start import start_device
+from engine.worker.shapes import Shapes
 from engine.worker.worker import Worker
 from tests.engine.worker.harness import GREEDY, Driver, Request, make_pages, random_weights, start
 from tests.support.adapters import write_adapter
@@ -26,7 +28,7 @@ from tests.support.models import write_model
 SMALL: dict[str, Any] = {
     "dtype": "float32",
     "max_total_tokens": 2048,
-    "max_running_requests": 12,
+    "max_running_requests": 6,  # at most half of 16 tokens: samples leave the other rows behind
     "chunked_prefill_size": 32,
     "context_length": 160,
     "max_loras_per_batch": 4,
@@ -41,15 +43,18 @@ def start_interpreted(folder: Path, **settings: Any) -> Worker:
     return start_device(config, folder, torch.device("cpu"), lambda *_: None)
 
 
+def with_adapters(worker: Worker) -> Driver:
+    driver, info = Driver(worker), worker.info
+    for index, ranks in enumerate(RANKS):
+        weights = random_weights(info.dims, ranks, seed=index)
+        driver.load(index + 1, make_pages(weights, info.geometry, torch.float32))
+    return driver
+
+
 def drivers(folder: Path, **settings: Any) -> tuple[Driver, Driver]:
     """(Triton, torch), the same adapters in both."""
-    made = Driver(start_interpreted(folder, **settings)), Driver(start(folder, **(SMALL | settings)))
-    for driver in made:
-        info = driver.worker.info
-        for index, ranks in enumerate(RANKS):
-            weights = random_weights(info.dims, ranks, seed=index)
-            driver.load(index + 1, make_pages(weights, info.geometry, torch.float32))
-    return made
+    ours, theirs = start_interpreted(folder, **settings), start(folder, **(SMALL | settings))
+    return with_adapters(ours), with_adapters(theirs)
 
 
 def requests(owners: Sequence[int | None], tokens: int = 2, **params: Any) -> list[Request]:
@@ -77,6 +82,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1},
     "qwen3": {"model_type": "qwen3"},
 }
+GREEDY_FEW = replace(GREEDY, max_tokens=3)
 LLAMA3_ROPE = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
@@ -115,6 +121,44 @@ def test_sampling(folder: Path) -> None:
 
     ours, theirs = (driver.run(made(), (5, 5)) for driver in drivers(folder))
     assert_same(ours, theirs)
+
+
+def watch(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, torch.Tensor]]:
+    """Of each step: whether its last layer held rows of samples alone, and the samples' logits."""
+    seen = list[tuple[bool, torch.Tensor]]()
+    forward, runner = driver.worker.forward, cast("Any", driver.worker._runner)
+
+    def launch(plan: StepPlan) -> None:
+        forward(plan)
+        flight = runner._flight
+        seen.append((flight.shape.last_rows, runner._sampler.logits[: len(flight.packed.steps)].clone()))
+
+    monkeypatch.setattr(driver.worker, "forward", launch)
+    return seen
+
+
+@pytest.mark.parametrize("owners", [(None,) * 5, (None, 1, 2, 3, 4)], ids=["base", "adapters"])
+def test_last_rows(owners: tuple[int | None, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of prompts, alone at first and then beside decodes: the logits of samples need no other row."""
+    folder = write_model(tmp_path / "model", vocab=250)
+    draw = random.Random(3)
+    prompts = [[draw.randrange(3, 200) for _ in range(length)] for length in (9, 5, 13, 6, 10)]
+    answers, steps = [], []
+    for last_rows in (True, False):
+        driver = with_adapters(start_interpreted(folder))
+        runner: Any = driver.worker._runner
+        runner._shapes = Shapes(runner._shapes.machine, None, last_rows=last_rows)
+        steps.append(watch(driver, monkeypatch))
+        made = [Request(prompt, owner, GREEDY_FEW) for prompt, owner in zip(prompts, owners, strict=True)]
+        told = [Request(prompts[0], owners[1], replace(GREEDY_FEW, prompt_logprobs=1))]  # these steps need all rows
+        answers.append([*driver.run(made, (4, 4)), *driver.run(told)])
+    assert_same(*answers)
+    ours, theirs = steps
+    for (_, mine), (last_rows, other) in zip(ours, theirs, strict=True):
+        assert not last_rows
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    assert [len(logits) for last_rows, logits in ours if last_rows] == [0, 2, 4]
+    assert len(answers[0][-1].prompt_logprobs) == len(prompts[0]) - 1
 
 
 def test_force_and_slots(folder: Path) -> None:

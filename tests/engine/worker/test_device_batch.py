@@ -9,9 +9,9 @@ import torch
 from engine.plan import SequenceStep, StepPlan
 from engine.worker.device_batch import Packed, Packer, no_edits
 from engine.worker.rows import Rows, make_rows
-from engine.worker.shapes import Shapes, StepShape, windowed
+from engine.worker.shapes import LAST, WINDOWED, Shapes, StepShape, second
 from engine.worker.staging import Ints
-from kernels.lora_meta import DECODE_ITEMS, GROUP_STARTS, LORA_ROWS, PREFILL_ITEMS
+from kernels.lora_meta import DECODE_ITEMS, GROUP_STARTS, LORA_ITEMS, LORA_ROWS, LORA_WORK, PREFILL_ITEMS
 from kernels.step_meta import EDITS, EDITS_AT, ROW, SAMPLE_INTS, SAMPLES, TABLE_UPDATES
 from tests.engine.worker.test_shapes import machine
 
@@ -34,9 +34,9 @@ STEPS = (
 
 
 def pack(
-    steps: tuple[SequenceStep, ...], edits: Ints, window: int = 0, *, tail: int = 64, two_windows: bool = False
+    steps: tuple[SequenceStep, ...], edits: Ints, window: int = 0, *, tail: int = 64, **changes: object
 ) -> tuple[Packed, Mapping[str, Ints], StepShape, Rows]:
-    made = machine(two_windows=two_windows)
+    made = machine(**changes)
     rows = make_rows(made.max_running, BLOCKS, torch.device("cpu"))
     rows.block_table[3, :2] = 17, 4
     rows.block_table[0, :1] = 41
@@ -80,6 +80,29 @@ def test_counts_of_the_lists() -> None:
     assert counts[LORA_ROWS : LORA_ROWS + len(GROUP_STARTS)].tolist() == [4, 0, 4, 4]
 
 
+@pytest.mark.parametrize("sampled", [True, False])
+def test_second_lists_of_lora_hold_the_rows_that_are_sampled(sampled: bool) -> None:
+    steps = (
+        step(3, 20, (), 1, slot=1, sample=sampled),
+        step(4, 0, (5, 6, 7), 3, slot=1, sample=False),
+        step(5, 0, (5, 6), 2, slot=1, sample=sampled),
+        step(6, 0, (7, 8, 9), 3, slot=2, sample=sampled),
+        step(0, 16, (11,), 1, sample=sampled),
+    )
+    _, fields, shape, _ = pack(steps, no_edits(), max_running=8)
+    assert shape.last_rows
+    assert fields["counts"][LORA_ROWS] == 9
+    last = second(fields, LAST)
+    counts = last["counts"]
+    lengths = counts[LORA_ITEMS], counts[LORA_WORK]
+    assert lengths == ((2, 3) if sampled else (0, 0))
+    assert counts[LORA_ROWS : LORA_ROWS + len(GROUP_STARTS)].tolist() == ([3, 0, 3, 3] if sampled else [0] * 4)
+    items = [[0, 2, 1], [2, 1, 2]]  # first row, rows, slot
+    work = [[0, 2, 1, 0, 0], [0, 2, 1, 1, 0], [2, 1, 2, 0, 1]]  # slot 1 has two rank blocks
+    assert last["lora_items"][: lengths[0], :3].tolist() == items[: lengths[0]]
+    assert last["lora_work"][: lengths[1], :5].tolist() == work[: lengths[1]]
+
+
 def test_tail_holds_updates_then_edits() -> None:
     edits = np.array([[0, 5, 1, 0], [1, 6, 2, 0]], np.int32)
     packed, fields, _, _ = pack(STEPS, edits)
@@ -110,5 +133,5 @@ def test_windows() -> None:
         _, fields, _, _ = pack(STEPS[:1], no_edits(), window=5, two_windows=two)
         lows.append(int(fields["decode_items"][0, 2]))
         if two:
-            assert int(windowed(fields)["decode_items"][0, 2]) == 16
+            assert int(second(fields, WINDOWED)["decode_items"][0, 2]) == 16
     assert lows == [16, 0]

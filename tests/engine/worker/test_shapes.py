@@ -57,21 +57,22 @@ def test_a_step_fits_its_shape() -> None:
             assert shape.attention.q_tile > 0 or not shape.prefill
 
 
-@pytest.mark.parametrize("step_tokens", [512, 1024, 2048, 8192])
-def test_largest_shapes_bound_all_others(step_tokens: int) -> None:
-    shapes = Shapes(machine(step_tokens=step_tokens), 64)
+@pytest.mark.parametrize(("step_tokens", "slots"), [(256, 64), (512, 8), (1024, 8), (2048, 64), (8192, 8)])
+def test_largest_shapes_bound_all_others(step_tokens: int, slots: int) -> None:
+    shapes = Shapes(machine(step_tokens=step_tokens, slots=slots), 64)
     sizes = [_sizes(shape) for shape in shapes.largest()]
     most = [max(column) for column in zip(*sizes, strict=True)]
     for count in {*range(1, step_tokens, 97), step_tokens}:
-        for sequences in (1, min(count, 256)):
+        for sequences in (1, min(count, 100), min(count, 256)):
             shape = shapes.choose(count, sequences, lora=True)
             assert all(size <= bound for size, bound in zip(_sizes(shape), most, strict=True)), shape
 
 
 def _sizes(shape: StepShape) -> tuple[int, ...]:
     """Of everything that is allocated once for all shapes."""
-    bounds = shape.lora_bounds
-    return shape.tokens, shape.sequences, shape.layout.size, bounds.items, bounds.work, z_elements(bounds)
+    lists = [shape.lora_bounds, *([shape.last_bounds] if shape.last_rows else [])]
+    items, work, z = (max(sizes) for sizes in zip(*((b.items, b.work, z_elements(b)) for b in lists), strict=True))
+    return shape.tokens, shape.sequences, shape.layout.size, items, work, z
 
 
 def test_a_step_that_no_buffer_holds_is_refused() -> None:
@@ -88,6 +89,26 @@ def test_decodes_beside_a_prompt_chunk_fit() -> None:
     config = EngineConfig(max_running_requests=256)
     made = make_machine(config, model, make_geometry(model.dims, 2), 132, 2048, 256)
     assert made.step_tokens == 256 + 64
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sequences", "last_rows"),
+    [(500, 3, True), (380, 3, False), (900, 3, True), (900, 256, True), (600, 250, True), (40, 40, False)],
+)
+def test_the_last_layer_holds_sampled_rows_where_they_are_half_at_most(
+    tokens: int, sequences: int, last_rows: bool
+) -> None:
+    """A graph of 384 tokens may hold 256 samples."""
+    shapes = Shapes(machine(), None)
+    shape = shapes.choose(tokens, sequences, lora=True)
+    assert shape.last_rows == last_rows
+    assert ("last_lora_work" in dict(shape.layout.fields)) == last_rows
+    assert "last_lora_work" not in dict(shapes.choose(tokens, sequences, lora=False).layout.fields)
+    every = shapes.choose(tokens, sequences, lora=True, all_rows=True)
+    assert not every.last_rows
+    assert (every == shape) == (not last_rows)
+    assert every not in shapes.graphs(lora=True) or not last_rows
+    assert Shapes(machine(), None, last_rows=False).choose(tokens, sequences, lora=True) == every
 
 
 def test_lists_of_lora_are_in_its_family_alone() -> None:
