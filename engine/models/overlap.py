@@ -21,7 +21,7 @@ class Overlap:
     pdl: bool = True  # a kernel may start before the one ahead of it has ended; changes no result
 
     def product(self, tokens: int, weight: Tensor) -> bool:
-        """weight: [out, in]. But for those many times wider than their input (gate_up's), up to twice as many tokens."""
+        """weight: [out, in]. Up to twice as many tokens, but for weights far wider than their input (gate_up's)."""
         features, inner = weight.shape
         return weight.dtype.itemsize == 2 and tokens <= self.products * (2 if features <= 2 * inner else 1)
 
