@@ -138,8 +138,12 @@ def prefill_attention(
     meta: AttentionMeta,
     scale: float,
     window: int = 0,
+    *,
+    long: bool = False,
 ) -> None:
     """Attention of the step's prefills: two new tokens or more each, whose keys and values are already stored.
+
+    long: some of them have thousands of keys; chooses tiles only.
 
     out, q: [tokens, heads * head_dim], rows contiguous, in the arena's dtype. Rows of decodes and tails are not
     written.
@@ -153,7 +157,7 @@ def prefill_attention(
     heads = q.shape[1] // layout.head_dim
     tile = q_tile(heads, layout.kv_heads, layout.head_dim, q.element_size())
     require(meta.bounds.q_tile == tile, f"items were packed for {meta.bounds.q_tile} tokens, the kernel takes {tile}")
-    tiles = prefill_tiles(layout.head_dim, q.element_size())
+    tiles = prefill_tiles(layout.head_dim, q.element_size(), long)
     _prefill[(layout.kv_heads, meta.bounds.prefill_items)](
         out,
         q,

@@ -159,12 +159,15 @@ class AttentionTiles:
     stages: int
 
 
-def prefill_tiles(head_dim: int, itemsize: int) -> AttentionTiles:
-    """Query and key tiles that fit the shared memory of one multiprocessor."""
+def prefill_tiles(head_dim: int, itemsize: int, long: bool) -> AttentionTiles:
+    """Query and key tiles that fit the shared memory of one multiprocessor; the rows are the same for both `long`.
+
+    Small key tiles waste less at the diagonal and leave room for another program; large ones are for long contexts.
+    """
     if itemsize == 4:
         return AttentionTiles(32, 32 if head_dim <= 128 else 16, 8, 1)
     if head_dim <= 128:
-        return AttentionTiles(128, 64, 4, 3)
+        return AttentionTiles(128, 64, 4, 3) if long else AttentionTiles(128, 32, 4, 2)
     return AttentionTiles(64, 64, 8, 2)
 
 
@@ -187,6 +190,6 @@ def q_tile(heads: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
     Raises ValueError where one token's group does not fit.
     """
     group = heads // kv_heads
-    tile = prefill_tiles(head_dim, itemsize).rows // group
+    tile = prefill_tiles(head_dim, itemsize, long=False).rows // group
     require(tile >= 1 and heads == group * kv_heads, f"{heads} heads over {kv_heads} KV heads are not supported")
     return tile

@@ -83,6 +83,8 @@ def _expand(
 
     A unit is read before the list's length is known (the list is never shorter than the grid).
     """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # the op that adds the delta
     i = tl.arange(0, BM)
     o = tl.arange(0, BN)
     r = tl.arange(0, 16)

@@ -50,6 +50,7 @@ class StepTensors:
     windowed: AttentionMeta  # of the layers with a sliding window
     lora: LoraMeta | None  # None: nobody in the step has an adapter
     prefill: bool
+    long: bool  # some prefill has a long context
     last: LastRows | None  # None: every row goes through the whole last layer
 
 
@@ -169,7 +170,7 @@ class DeviceDecoder:
         meta = step.windowed if sliding else step.attention
         if step.prefill:
             window = self._config.sliding_window or 0 if sliding else 0
-            prefill_attention(out, query, self._arena, kv, index, meta, self._scale, window)
+            prefill_attention(out, query, self._arena, kv, index, meta, self._scale, window, long=step.long)
         decode_attention(out, query, self._arena, kv, index, meta, self._scale, self._pdl)
 
     def _pick(self, last: LastRows) -> tuple[Tensor, Tensor]:

@@ -21,9 +21,9 @@ class Overlap:
     pdl: bool = True  # a kernel may start before the one ahead of it has ended; changes no result
 
     def product(self, tokens: int, weight: Tensor) -> bool:
-        """weight: [out, in]. Up to twice as many tokens, but for weights far wider than their input (gate_up's)."""
+        """weight: [out, in]. Where rows are long (down's), steps of twice as many tokens are ours."""
         features, inner = weight.shape
-        return weight.dtype.itemsize == 2 and tokens <= self.products * (2 if features <= 2 * inner else 1)
+        return weight.dtype.itemsize == 2 and tokens <= self.products * (2 if inner > 2 * features else 1)
 
     def dependent(self, tokens: int) -> bool:
         return self.pdl and tokens <= PDL_TOKENS

@@ -119,8 +119,13 @@ class DeviceRunner:
             for step in plan.sequences:
                 self._rows.extend(step)
             used = {step.slot for step in plan.sequences if step.slot >= 0}
-            prompts = any(step.prompt_logprobs for step in plan.sequences)
-            shape = self._shapes.choose(plan.tokens, len(plan.sequences), lora=bool(used), all_rows=prompts)
+            shape = self._shapes.choose(
+                plan.tokens,
+                len(plan.sequences),
+                lora=bool(used),
+                all_rows=any(step.prompt_logprobs for step in plan.sequences),
+                context=max((step.start + step.length for step in plan.sequences if step.length > 1), default=0),
+            )
             packed = self._pack(plan, shape, used)
             self.lora_steps["triton" if used else "base"] += 1
             self._graphs.forward(shape)
@@ -222,6 +227,7 @@ class DeviceRunner:
             windowed=self._attention.meta(shape.attention, windowed, self._block_tables) if windowed else attention,
             lora=self._lora.meta(shape.lora_bounds, fields, self._shapes.machine.kv.layers) if shape.lora else None,
             prefill=shape.prefill,
+            long=shape.long,
             last=self._last_views(shape, fields) if shape.last_rows else None,
         )
         return Tensors(step, SampleTensors(fields["step"], fields["samples"], device[shape.layout.size :]))

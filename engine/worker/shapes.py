@@ -24,6 +24,7 @@ MIXED_GRAPHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)  # tokens; mixed steps 
 # With adapters a step is twice as many launches: up to this size the host would not keep up with the device.
 LORA_MIXED_GRAPHS = (*MIXED_GRAPHS, *range(576, 1025, 64))
 WINDOWED = "windowed_"  # prefix of the second set of attention lists
+LONG_CONTEXT = 4096  # tokens; of a prefill whose attention takes larger tiles
 LAST = "last_"  # prefix of the second set of LoRA lists: over the rows that are sampled
 
 
@@ -35,6 +36,7 @@ class StepShape:
     sequences: int  # at most, and samples at most
     prefill: bool  # may hold more than one token of a sequence
     lora: bool
+    long: bool  # some prefill has a long context; graphs are the same for all
     last_rows: bool  # behind the last layer's attention there are only rows that are sampled, `sequences` at most
     attention: AttentionBounds
     lora_bounds: LoraBounds
@@ -42,7 +44,7 @@ class StepShape:
     layout: PackedLayout
 
     def __hash__(self) -> int:
-        return hash((self.tokens, self.sequences, self.prefill, self.lora, self.last_rows))
+        return hash((self.tokens, self.sequences, self.prefill, self.lora, self.long, self.last_rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class Shapes:
     ) -> None:
         self.machine = machine
         self._last_rows = last_rows
-        self._made: dict[tuple[int, int, bool, bool, bool], StepShape] = {}
+        self._made: dict[tuple[int, int, bool, bool, bool, bool], StepShape] = {}
         limit = min(machine.max_running, DEFAULT_GRAPH_MAX if max_graph is None else max_graph)
         self.decode_buckets = tuple(_ladder(limit))
         self._mixed_buckets = {
@@ -107,10 +109,11 @@ class Shapes:
         mixed = [self._mixed(size, lora) for size in self._mixed_buckets[lora]]
         return [*reversed(mixed), *reversed(decodes)]
 
-    def choose(self, tokens: int, sequences: int, *, lora: bool, all_rows: bool = False) -> StepShape:
+    def choose(self, tokens: int, sequences: int, *, lora: bool, all_rows: bool = False, context: int = 0) -> StepShape:
         """The shape of a step; those beyond the graphs' are rounded up, so that few exist.
 
-        all_rows: the hidden states of all tokens are wanted; such a shape may have no graph where others have one.
+        context: the longest of a prefill. all_rows: the hidden states of all tokens are wanted; such a shape may have
+        no graph where others have one.
         Raises ValueError for a step that no buffer holds.
         """
         machine = self.machine
@@ -127,7 +130,8 @@ class Shapes:
         if at < len(mixed):
             return self._mixed(mixed[at], lora, all_rows)
         rows = _round(tokens, 64 if tokens <= 1024 else 256)
-        return self.make(rows, _power_of_two(sequences), prefill=True, lora=lora, all_rows=all_rows)
+        long, most = context > LONG_CONTEXT, _power_of_two(sequences)
+        return self.make(rows, most, prefill=True, lora=lora, all_rows=all_rows, long=long)
 
     def largest(self) -> list[StepShape]:
         """Shapes that bound all others in every buffer."""
@@ -143,9 +147,11 @@ class Shapes:
         steps += [self.make(_round(machine.max_running, 64), _round(machine.max_running, 64), prefill=False, lora=True)]
         return [*steps, *self.graphs(lora=True)]
 
-    def make(self, tokens: int, sequences: int, *, prefill: bool, lora: bool, all_rows: bool = False) -> StepShape:
+    def make(
+        self, tokens: int, sequences: int, *, prefill: bool, lora: bool, all_rows: bool = False, long: bool = False
+    ) -> StepShape:
         last_rows = self._last_rows and prefill and not all_rows and 2 * sequences <= tokens
-        key = tokens, sequences, prefill, lora, last_rows
+        key = tokens, sequences, prefill, lora, long, last_rows
         if key not in self._made:
             self._made[key] = self._make(*key)
         return self._made[key]
@@ -154,7 +160,7 @@ class Shapes:
         sequences = min(tokens, self.machine.max_running)
         return self.make(tokens, sequences, prefill=True, lora=lora, all_rows=all_rows)
 
-    def _make(self, tokens: int, sequences: int, prefill: bool, lora: bool, last_rows: bool) -> StepShape:
+    def _make(self, tokens: int, sequences: int, prefill: bool, lora: bool, long: bool, last_rows: bool) -> StepShape:
         machine = self.machine
         splits = decode_splits(sequences, machine.kv.kv_heads, machine.multiprocessors)
         tile = machine.q_tile if prefill else 0
@@ -169,7 +175,7 @@ class Shapes:
         if lora and last_rows:
             fields += [(f"{LAST}counts", (HEADER,)), *((LAST + n, shape) for n, shape in last.fields())]
         layout = PackedLayout(tuple(fields))
-        return StepShape(tokens, sequences, prefill, lora, last_rows, attention, bounds, last, layout)
+        return StepShape(tokens, sequences, prefill, lora, long, last_rows, attention, bounds, last, layout)
 
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.models.overlap import OFF, PDL_TOKENS, Overlap, default_overlap
 from kernels.launch import PRODUCT_ROWS
 
-WIDE = 64 // 3  # inner dimension of a weight with more than twice as many output features
+LONG = 3 * 64
 
 
 def weight(inner: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -21,12 +21,11 @@ def weight(inner: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     [
         (Overlap(), 1, 64, True, True),
         (Overlap(), PRODUCT_ROWS, 64, True, True),
-        (Overlap(), PRODUCT_ROWS, WIDE, True, True),
-        (Overlap(), PRODUCT_ROWS + 1, WIDE, False, True),
-        (Overlap(), 2 * PRODUCT_ROWS, 64, True, True),
-        (Overlap(), 2 * PRODUCT_ROWS + 1, 64, False, True),
+        (Overlap(), PRODUCT_ROWS + 1, 64, False, True),
+        (Overlap(), 2 * PRODUCT_ROWS, LONG, True, True),
+        (Overlap(), 2 * PRODUCT_ROWS + 1, LONG, False, True),
         (Overlap(), PDL_TOKENS + 1, 64, False, False),
-        (replace(Overlap(), products=0), 1, 64, False, True),
+        (replace(Overlap(), products=0), 1, LONG, False, True),
         (replace(Overlap(), pdl=False), 1, 64, True, False),
         (OFF, 1, 64, False, False),
     ],

@@ -7,7 +7,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.geometry import make_geometry
 from engine.models.registry import parse_config
-from engine.worker.shapes import Machine, Shapes, StepShape, make_machine
+from engine.worker.shapes import LONG_CONTEXT, Machine, Shapes, StepShape, make_machine
 from kernels.lora_meta import PackedLayout, z_elements
 
 RAW = {
@@ -109,6 +109,15 @@ def test_the_last_layer_holds_sampled_rows_where_they_are_half_at_most(
     assert (every == shape) == (not last_rows)
     assert every not in shapes.graphs(lora=True) or not last_rows
     assert Shapes(machine(), None, last_rows=False).choose(tokens, sequences, lora=True) == every
+
+
+def test_long_contexts_have_shapes_of_their_own_but_no_graphs() -> None:
+    shapes = Shapes(machine(), None)
+    large, small = shapes.graphs(lora=False)[0].tokens + 1, 20
+    for tokens, long in ((large, True), (small, False)):
+        shape = shapes.choose(tokens, 2, lora=False, context=LONG_CONTEXT + 1)
+        assert shape.long == long
+        assert (shape == shapes.choose(tokens, 2, lora=False, context=LONG_CONTEXT)) == (not long)
 
 
 def test_lists_of_lora_are_in_its_family_alone() -> None:
