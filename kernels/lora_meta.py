@@ -18,8 +18,9 @@ from kernels.layout import PIECE_RANKS
 Ints = npt.NDArray[np.int32]
 
 # Positions in the header `counts`.
-LORA_WORK, LORA_ITEMS, PREFILL_ITEMS, DECODE_ITEMS, DECODE_SEQUENCES, LORA_ROWS = range(6)  # LORA_ROWS: by group
-HEADER = 12
+LORA_WORK, LORA_ITEMS, PREFILL_ITEMS, DECODE_ITEMS, DECODE_SEQUENCES = range(5)
+LORA_ROWS = (8, 12, 16, 20)  # of each group; kernels are given their addresses, and are compiled once for aligned ones
+HEADER = 24
 WORK_INTS = 8  # first row, rows, slot, rank block, item, 0, 0, 0
 ITEM_INTS = 4  # first row, rows, slot, 0
 LORA_MODULES = 7
@@ -115,7 +116,7 @@ def pack_lora(
     units[:, 3] = np.arange(len(item)) - (np.cumsum(blocks) - blocks)[item]
     units[:, 4] = item
     counts[LORA_WORK], counts[LORA_ITEMS] = len(item), len(owner)
-    counts[LORA_ROWS : LORA_ROWS + len(GROUP_STARTS)] = np.where(slot_blocks[slots].any(0), tokens.sum(), 0)
+    counts[list(LORA_ROWS)] = np.where(slot_blocks[slots].any(0), tokens.sum(), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ class LoraMeta:
 
     def rows(self, group: LoraGroup) -> Tensor:
         """[1] int32: the step's first rows, which a delta of the group is computed for; 0 where no adapter has it."""
-        at = LORA_ROWS + group.index
+        at = LORA_ROWS[group.index]
         return self.counts[at : at + 1]
 
 
