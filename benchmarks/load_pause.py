@@ -12,6 +12,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -246,6 +247,7 @@ async def run(args: argparse.Namespace) -> None:
         made = [
             make_adapter(Path(folder) / f"made{index:02}", config.dims, args.rank, index) for index in range(args.loads)
         ]
+        os.sync()  # or the system writes them to the disk, on the same cores, half a minute later
         flags = ("--served-model-name", "llama", "--max-lora-rank", str(max(args.rank, 64)), *args.flags)
         gc.collect()
         gc.freeze()  # or the client stands still for a fifth of a second whenever it looks through its modules

@@ -12,6 +12,7 @@ import msgspec
 
 from engine.adapters.loader import AdapterLoader
 from engine.adapters.loads import Wanted
+from engine.collector import collect_if_due
 from engine.link import EngineLink
 from engine.messages import (
     Abort,
@@ -179,6 +180,8 @@ class EngineLoop:
             lines.observe(stats, self._time())
             self._link.post(Heartbeat(stats=stats, hung=self._hung()))
             await self._link.flush()
+            if not self._flights:
+                collect_if_due()
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     def _stats(self) -> Stats:

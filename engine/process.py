@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import uvloop
 
+from engine.collector import collect_rarely
 from engine.config import EngineConfig
 from engine.link import EngineLink, engine_end
 from engine.messages import StartFailed
@@ -77,6 +78,7 @@ async def _serve_gateway(config: EngineConfig, link: EngineLink) -> int:
         return 2
     gc.collect()
     gc.freeze()  # what has come so far stays: looking through it again would hold a step up for 0.2 s
+    collect_rarely()
     try:
         await engine.run()
     except Exception:

@@ -15,6 +15,7 @@ from engine.adapters.control import AdapterControl
 from engine.adapters.host import HostTier
 from engine.adapters.hub import Hub
 from engine.adapters.names import check_adapter_name
+from engine.adapters.pages import ReusedPages
 from engine.adapters.peft import AdapterFile, read_adapter
 from engine.adapters.source import refuse_outside, resolve_source
 from engine.adapters.spec import AdapterLimits
@@ -40,6 +41,7 @@ class AdapterReader:
         self._base = base
         self._breaks = breaks
         self._inside = inside
+        self._pages = ReusedPages()
 
     def check_name(self, name: str) -> None:
         """Raises EngineError for a name that no adapter may bear."""
@@ -53,7 +55,7 @@ class AdapterReader:
         folder = resolve_source(source, revision)
         if self._inside is not None and Path(source).is_relative_to(self._inside):
             refuse_outside(folder, self._inside)
-        return read_adapter(folder, self._dims, self._limits, self._breaks.turn)
+        return read_adapter(folder, self._dims, self._limits, self._breaks.turn, self._pages)
 
 
 class Intake:

@@ -6,9 +6,16 @@ back each time, so that each load would pay anew.
 
 import contextlib
 import mmap
+import weakref
+from collections import deque
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+KEPT = 3  # memories that wait for the next file: of one for each thread that reads, and one between two threads
+KEPT_BYTES = 64 << 20  # the largest that is kept
 
 
 def fresh_pages(size: int) -> Tensor:
@@ -23,3 +30,25 @@ def fresh_pages(size: int) -> Tensor:
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+class ReusedPages:
+    """Memory that is lent again once nothing refers to it, touched already. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._free = deque[Tensor](maxlen=KEPT)
+
+    def take(self, size: int) -> NDArray[np.uint8]:
+        """[size] uint8 of any content. Raises MemoryError."""
+        memory = self._kept(size)
+        whole: NDArray[np.uint8] = memory.numpy()
+        if len(whole) <= KEPT_BYTES:  # every view of it refers to it
+            weakref.finalize(whole, self._free.append, memory).atexit = False
+        return whole[:size]
+
+    def _kept(self, size: int) -> Tensor:
+        with contextlib.suppress(IndexError):  # none is left
+            while len(memory := self._free.popleft()) < size:
+                pass
+            return memory
+        return fresh_pages(size)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.adapters.binding import Binding, bind
+from engine.adapters.pages import ReusedPages
 from engine.adapters.peft_config import MAX_CONFIG_BYTES, LoraSettings, parse_settings
 from engine.adapters.source import open_adapter_file
 from engine.adapters.spec import AdapterLimits, AdapterSpec, ModuleSpec, invalid
@@ -24,6 +25,8 @@ from engine.adapters.tensorfile import Entry, Header, all_finite, read_body, rea
 from engine.models.dims import LORA_MODULES, ModelDims
 from engine.types import CONFIG_FILE, TENSORS_FILE
 from engine.worker.breaks import at_once
+
+LOOKED_AT_ONCE = 1 << 20  # values
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +46,10 @@ class AdapterFile:
 
 
 def read_adapter(
-    folder: Path, dims: ModelDims, limits: AdapterLimits, turn: Callable[[], None] = at_once
-) -> AdapterFile:
-    """Blocking; calls `turn` between parts of the work.
+    folder: Path, dims: ModelDims, limits: AdapterLimits, turn: Callable[[], None] = at_once,
+    pages: ReusedPages | None = None,
+) -> AdapterFile:  # fmt: skip
+    """Blocking; calls `turn` between parts of the work. Who reads many files has `pages` for them.
 
     Raises EngineError (ADAPTER_INVALID) with a reason that its user understands.
     """
@@ -54,8 +58,10 @@ def read_adapter(
     with open_adapter_file(folder, TENSORS_FILE) as stream:
         size = os.fstat(stream.fileno()).st_size
         header = read_header(stream, size)
+        turn()
         binding = bind(header.entries)
-        modules = _check(binding, settings, dims, limits)
+        turn()
+        modules = _check(binding, settings, dims, limits, turn)
         turn()
         digest = _begin_hash(config, header)
 
@@ -63,9 +69,10 @@ def read_adapter(
             digest.update(part)
             turn()
 
-        body = read_body(stream, header, seen)
+        body = read_body(stream, header, seen, pages or ReusedPages())
     pairs = {key: LoraPair(tensor_of(body, a), tensor_of(body, b)) for key, (a, b) in binding.pairs.items()}
-    _check_finite(pairs, binding, body)
+    turn()
+    _check_finite(pairs, binding, body, turn)
     spec = AdapterSpec(modules, digest.hexdigest(), len(config) + size)
     return AdapterFile(spec, pairs)
 
@@ -94,9 +101,12 @@ def _read_config(folder: Path) -> bytes:
         return stream.read(MAX_CONFIG_BYTES)
 
 
-def _check(binding: Binding, settings: LoraSettings, dims: ModelDims, limits: AdapterLimits) -> tuple[ModuleSpec, ...]:
+def _check(
+    binding: Binding, settings: LoraSettings, dims: ModelDims, limits: AdapterLimits, turn: Callable[[], None]
+) -> tuple[ModuleSpec, ...]:
     _check_layers(binding, settings, dims)
     _check_targets(binding, settings, dims)
+    turn()
     return tuple(_check_module(binding, key, settings, dims, limits) for key in sorted(binding.pairs))
 
 
@@ -156,15 +166,25 @@ def _check_shape(entry: Entry, expected: tuple[int, int], *, axis: int) -> None:
     raise invalid(f"{found}: the adapter was trained for a base model of another shape")
 
 
-def _check_finite(pairs: dict[tuple[int, int], LoraPair], binding: Binding, body: NDArray[np.uint8]) -> None:
-    """Where all tensors have one dtype the whole body is looked at in one go; only a fault's place is searched."""
+def _check_finite(
+    pairs: dict[tuple[int, int], LoraPair], binding: Binding, body: NDArray[np.uint8], turn: Callable[[], None]
+) -> None:
+    """Where all tensors have one dtype the body is looked at in large parts; only a fault's place is searched."""
     dtypes = {entry.dtype for pair in binding.pairs.values() for entry in pair}
-    if len(dtypes) == 1 and all_finite(torch.from_numpy(body).view(dtypes.pop())):
+    if len(dtypes) == 1 and _all_finite(torch.from_numpy(body).view(dtypes.pop()), turn):
         return
     for key, pair in pairs.items():
         for entry, tensor in zip(binding.pairs[key], (pair.a, pair.b), strict=True):
             if not all_finite(tensor):
                 raise invalid(f"{entry.name} holds NaN or infinite values")
+
+
+def _all_finite(values: Tensor, turn: Callable[[], None]) -> bool:
+    for part in torch.split(values, LOOKED_AT_ONCE):
+        if not all_finite(part):
+            return False
+        turn()
+    return True
 
 
 def _begin_hash(config: bytes, header: Header) -> "hashlib._Hash":

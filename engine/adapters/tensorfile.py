@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.adapters.pages import fresh_pages
+from engine.adapters.pages import ReusedPages
 from engine.adapters.spec import invalid
 from engine.types import TENSORS_FILE
 
@@ -60,12 +60,14 @@ def read_header(stream: BinaryIO, file_bytes: int) -> Header:
     return Header(start + raw, entries, body)
 
 
-def read_body(stream: BinaryIO, header: Header, seen: Callable[[memoryview], None]) -> NDArray[np.uint8]:
-    """All tensors' bytes, [body_bytes] uint8; `seen` is given them piece by piece, in order.
+def read_body(
+    stream: BinaryIO, header: Header, seen: Callable[[memoryview], None], pages: ReusedPages
+) -> NDArray[np.uint8]:
+    """All tensors' bytes, [body_bytes] uint8 of `pages`; `seen` is given them piece by piece, in order.
 
     Raises EngineError (ADAPTER_INVALID).
     """
-    body = fresh_pages(header.body_bytes).numpy()
+    body = pages.take(header.body_bytes)
     view, done = body.data, 0
     while done < len(view):
         count = stream.readinto(view[done : done + READ_AT_ONCE])  # type: ignore[attr-defined]

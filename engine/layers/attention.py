@@ -6,7 +6,7 @@ that holds to the bit, since the batched products add in the order of the keys a
 the products choose their kernels by shape, and bits may differ.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from engine.worker.batch import Batch, Span
 
 QUERY_ROWS = 128  # tokens of a prompt that attend in one product; bounds the scores held at once
 NO_WINDOW = 1 << 40
+EARLY_STEPS = 16  # before a lane's end, in which its members move to a longer one
 
 
 class KvSource(Protocol):
@@ -96,7 +97,9 @@ class TorchAttention:
         window: int | None = None,
         window_layers: tuple[bool, ...] = (),
         mirror_bytes: int = 0,
+        early: int = EARLY_STEPS,
     ) -> None:
+        """`early`: in how many steps before they must sequences move to a longer lane; with 0 none moves early."""
         self._dims = dims
         self._block = block_tokens
         self._arena = arena  # [chunks, chunk_elements]
@@ -107,6 +110,7 @@ class TorchAttention:
         self._tokens = [tokens[layer * self._per_layer * block_tokens :] for layer in range(dims.layers)]
         self._window = NO_WINDOW if window is None else window
         self._window_layers = window_layers or (False,) * dims.layers
+        self._early = early if mirror_bytes else 0
         self._mirror = KvMirror(arena, dims, block_tokens, mirror_bytes)
         self._groups: list[Group] = []
         self._layout: Layout | None = None
@@ -191,9 +195,9 @@ class TorchAttention:
     def _decode_groups(self, batch: Batch) -> list[Group]:
         """Sequences of like length share a product, padded to the same number of blocks."""
         by_blocks: dict[int, list[Span]] = {}
-        for span in batch.spans:
-            if span.length == 1:
-                by_blocks.setdefault(bucket(-(-span.context // self._block)), []).append(span)
+        single = [span for span in batch.spans if span.length == 1]
+        for span, blocks in self._capacities(single):
+            by_blocks.setdefault(blocks, []).append(span)
         lanes, rest = self._mirror.update(by_blocks, batch.block_table)
         groups, end = list[Group](), 0
         for lane, spans in ((group.lane, group.spans) for group in lanes):
@@ -204,6 +208,30 @@ class TorchAttention:
             source = self._gathered(batch, members, blocks)
             groups.append(self._decode_group(members, blocks * self._block, source))
         return groups
+
+    def _capacities(self, spans: Sequence[Span]) -> Iterator[tuple[Span, int]]:
+        """Each span with the blocks of the lane that takes it.
+
+        A lane's members that began together outgrow it in one step, and each move copies megabytes. So they move in the
+        last `early` steps before they must, as few a step as bring all over in time.
+        """
+        early, left = list[Span](), 0  # who may move, and in how many steps the first must
+        for span in spans:
+            blocks, ahead = self._blocks(span.context), self._blocks(span.context + self._early)
+            moves = self._mirror.holds(blocks, span.sequence_id) and not self._mirror.holds(ahead, span.sequence_id)
+            if ahead == blocks or not moves:
+                yield span, ahead
+            else:
+                steps = blocks * self._block - span.context + 1
+                left = min(left, steps) if early else steps
+                early.append(span)
+        moving = -(-len(early) // left) if early else 0
+        early.sort(key=lambda span: -span.context)
+        for index, span in enumerate(early):
+            yield span, self._blocks(span.context + (self._early if index < moving else 0))
+
+    def _blocks(self, context: int) -> int:
+        return bucket(-(-context // self._block))
 
     def _decode_group(self, spans: Sequence[Span], capacity: int, source: KvSource) -> Group:
         positions = np.array([[span.start] for span in spans])

@@ -5,7 +5,7 @@ read fastest. The arena stays the truth: a lane is filled from it when a sequenc
 and whoever is not in a step leaves. What is masked in a lane is multiplied by zero, so all of it must be numbers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from engine.layers.touched import TouchedMemory
 from engine.models.dims import ModelDims
 from engine.worker.batch import Span
+
+PLENTY = 0.75  # of the limit: as long as lanes take no more, a new one has places for all that may come
 
 
 class Lane:
@@ -44,6 +46,9 @@ class Lane:
         """Memory taken so far."""
         return self._kv.nbytes
 
+    def holds(self, sequence_id: int) -> bool:
+        return sequence_id in self._lengths
+
     def nbytes_for(self, members: int) -> int:
         """Memory taken once so many members have been there."""
         place = self._layers * 2 * self._heads * self.capacity * self._dim * self._kv.element_size()
@@ -67,14 +72,24 @@ class Lane:
         """Gives its memory back; it is not used any more."""
         self._memory.give(self._kv)
 
-    def update(self, spans: Mapping[int, Span], block_table: NDArray[np.int64]) -> None:
-        """Makes the members exactly these (by sequence id), each with its keys and values up to the span's start."""
+    def update(
+        self, spans: Mapping[int, Span], block_table: NDArray[np.int64], others: Collection["Lane"] = ()
+    ) -> None:
+        """Makes the members exactly these (by sequence id), each with its keys and values up to the span's start.
+
+        Who comes from one of `others` is copied from there, several times as fast as block by block from the arena.
+        """
         kept = {i for i in self.members if i in spans and self._lengths[i] == spans[i].start}
         new = [i for i in spans if i not in kept]
         self._repack(kept, new, len(spans))
         for place, sequence_id in enumerate(self.members):
             if sequence_id not in kept:
-                self._fill(place, spans[sequence_id], block_table)
+                span = spans[sequence_id]
+                other = next((lane for lane in others if lane._lengths.get(sequence_id) == span.start), None)
+                if other is None:
+                    self._fill(place, span, block_table)
+                else:
+                    self._copy(place, span, other)
         self._lengths = {i: span.context for i, span in spans.items()}
 
     def rows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -106,19 +121,19 @@ class Lane:
         return min(1 << max(0, members - 1).bit_length(), self._most)
 
     def _pages(self, kv: Tensor | None = None) -> NDArray[np.uint8]:
-        """[layers, 2, places, kv_heads, blocks, bytes of a page]: NumPy copies slices 100 times as fast as torch."""
+        """[layers, 2, places, kv_heads, blocks, bytes of a page]: for small slices NumPy is 100 times as fast."""
         kv = self._kv if kv is None else kv
         return as_bytes(kv.view(*kv.shape[:4], self._blocks, self._block * self._dim))
 
     def _repack(self, kept: set[int], new: Sequence[int], count: int) -> None:
         """Those that stay keep their places as far as they lie within the count; the rest fill the gaps."""
-        pages, before = self._pages(), [i if i in kept else None for i in self.members]
+        before = [i if i in kept else None for i in self.members]
         members, arriving = before[:count] + [None] * (count - len(before)), list(new)
         outside = [place for place in range(count, len(before)) if before[place] is not None]
         for place, member in enumerate(members):
             if member is None and outside:
                 source = outside.pop()
-                pages[:, :, place] = pages[:, :, source]
+                self._kv[:, :, place] = self._kv[:, :, source]
                 members[place] = before[source]
             elif member is None:
                 members[place] = arriving.pop()
@@ -130,6 +145,12 @@ class Lane:
         for block, chunk in enumerate(block_table[span.row, :blocks].tolist()):
             target[:, :, :, block] = self._arena[chunk]
         target[:, :, :, blocks:] = 0
+
+    def _copy(self, place: int, span: Span, other: "Lane") -> None:
+        """Copies the blocks before the span from another lane and clears the rest."""
+        target, tokens = self._kv[:, :, place], -(-span.start // self._block) * self._block
+        target[:, :, :, :tokens] = other._kv[:, :, other.members.index(span.sequence_id), :, :tokens]
+        target[:, :, :, tokens:] = 0
 
 
 def as_bytes(tensor: Tensor) -> NDArray[np.uint8]:
@@ -157,36 +178,56 @@ class KvMirror:
         self._memory = TouchedMemory(limit_bytes)
         self._lanes: dict[int, Lane] = {}  # by capacity in blocks, least recently used first
 
+    def holds(self, blocks: int, sequence_id: int) -> bool:
+        """Whether the lane of this capacity has the sequence as a member."""
+        lane = self._lanes.get(blocks)
+        return lane is not None and lane.holds(sequence_id)
+
     def update(
         self, by_blocks: Mapping[int, Sequence[Span]], block_table: NDArray[np.int64]
     ) -> tuple[list[LaneGroup], dict[int, Sequence[Span]]]:
         """Takes the step's single tokens by capacity; returns (lanes ready to be read, spans there is no room for)."""
         groups, rest = list[LaneGroup](), dict[int, Sequence[Span]]()
-        for blocks, spans in by_blocks.items():
+        for blocks, spans in sorted(
+            by_blocks.items(), reverse=True
+        ):  # who moves to a longer lane still is in the shorter
             lane = self._lane(blocks, len(spans), by_blocks)
             if lane is None:
                 rest[blocks] = spans
                 continue
             by_id = {span.sequence_id: span for span in spans}
-            lane.update(by_id, block_table)
+            lane.update(by_id, block_table, [other for other in self._lanes.values() if other is not lane])
             groups.append(LaneGroup(lane, tuple(by_id[i] for i in lane.members)))
         return groups, rest
 
     def _lane(self, blocks: int, members: int, wanted: Mapping[int, Sequence[Span]]) -> Lane | None:
-        """The lane of a capacity with room for its members, or None. Lanes that this step does not want make room."""
+        """The lane of a capacity with room for its members, or None. Lanes that this step does not want make room.
+
+        Where memory is plenty it has room for all that are in the step: they may follow, and to grow is to copy.
+        """
         lane = self._lanes.pop(blocks, None)
         if lane is None:
             lane = Lane(self._arena_kv, blocks, self._limit // (blocks * self._chunk_bytes), self._memory)
-        needed, idle = lane.nbytes_for(members), [b for b in self._lanes if b not in wanted]
-        while not (self._fits(needed) and lane.reserve(members, lent=True)):
-            if not idle:
-                break
-            self._lanes.pop(idle.pop(0)).release()
-        if not self._fits(needed) or not lane.reserve(members, lent=False):
+        everybody, idle = sum(map(len, wanted.values())), [b for b in self._lanes if b not in wanted]
+        if members > lane.places:
+            self._reserve(lane, everybody, idle, PLENTY)
+        if not self._reserve(lane, members, idle, 1.0) and not self._take(lane, members):
             lane.release()
             return None
         self._lanes[blocks] = lane
         return lane
 
-    def _fits(self, nbytes: int) -> bool:
-        return sum(lane.nbytes for lane in self._lanes.values()) + nbytes <= self._limit
+    def _reserve(self, lane: Lane, members: int, idle: list[int], share: float) -> bool:
+        """Whether the lane has lent memory for so many now; lanes that are idle are given up for it, oldest first."""
+        while not (self._fits(lane, members, share) and lane.reserve(members, lent=True)):
+            if not idle:
+                return False
+            self._lanes.pop(idle.pop(0)).release()
+        return True
+
+    def _take(self, lane: Lane, members: int) -> bool:
+        return self._fits(lane, members) and lane.reserve(members, lent=False)
+
+    def _fits(self, lane: Lane, members: int, share: float = 1.0) -> bool:
+        """Whether the lane with so many members keeps to a share of the limit beside the others."""
+        return sum(other.nbytes for other in self._lanes.values()) + lane.nbytes_for(members) <= share * self._limit

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.adapters.pages import fresh_pages
+from engine.adapters.pages import KEPT, KEPT_BYTES, ReusedPages, fresh_pages
 
 
 @pytest.mark.parametrize("size", [0, 1, 4097, 5 << 20])
@@ -25,3 +25,40 @@ def test_pages_are_their_owners_alone() -> None:
 def test_memory_that_is_not_to_be_had_is_an_error() -> None:
     with pytest.raises(MemoryError):
         fresh_pages(1 << 60)
+
+
+def test_memory_is_used_again_once_nothing_refers_to_it() -> None:
+    pages = ReusedPages()
+    whole = pages.take(5000)
+    whole[:] = 7
+    view = torch.from_numpy(whole[100:200]).view(torch.int32)
+    del whole
+    assert not pages.take(5000).any(), "a view keeps its memory"
+    assert int(view[0]) == 0x07070707
+    del view
+    assert sum(int(part.sum()) for part in [pages.take(4000), pages.take(4000)]) == 7 * 4000
+
+
+def test_smaller_memory_is_not_used_again() -> None:
+    pages = ReusedPages()
+    pages.take(10)[:] = 1
+    assert len(pages.take(20)) == 20
+    assert len(pages.take(0)) == 0
+
+
+def test_little_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages, given = ReusedPages(), list[int]()
+
+    def counted(size: int) -> torch.Tensor:
+        given.append(size)
+        return torch.zeros(min(size, KEPT_BYTES + 1), dtype=torch.uint8)
+
+    monkeypatch.setattr("engine.adapters.pages.fresh_pages", counted)
+    for _ in range(2):
+        taken = [pages.take(8) for _ in range(KEPT + 1)]
+        del taken
+    assert len(given) == KEPT + 2
+    pages = ReusedPages()
+    for _ in range(2):
+        pages.take(KEPT_BYTES + 1)
+    assert given[-2:] == [KEPT_BYTES + 1] * 2

@@ -30,11 +30,11 @@ class Sequence:
 class Bench:
     """Sequences that grow in an arena full of NaN."""
 
-    def __init__(self, dtype: torch.dtype, mirror_bytes: int, dims: ModelDims = DIMS) -> None:
+    def __init__(self, dtype: torch.dtype, mirror_bytes: int, dims: ModelDims = DIMS, early: int = 16) -> None:
         self.dims, self.geometry = dims, make_geometry(dims, dtype.itemsize)
         self.block = self.geometry.block_tokens
         self.arena = torch.full((400, self.geometry.chunk_elements), float("nan"), dtype=dtype)
-        self.attention = TorchAttention(self.arena, dims, self.block, mirror_bytes=mirror_bytes)
+        self.attention = TorchAttention(self.arena, dims, self.block, mirror_bytes=mirror_bytes, early=early)
         self.table = np.zeros((40, 40), np.int64)
         self.random = random.Random(5)
         self.free = self.random.sample(range(400), 400)
@@ -46,6 +46,13 @@ class Bench:
 
     def step(self, parts: list[tuple[Sequence, int]]) -> list[tuple[Tensor, Tensor]]:
         """Adds tokens to sequences; for each layer what attention gave and what the reference gives."""
+        found, inputs, positions, rows = self.attend(parts)
+        return [
+            (f, self._expected(i, qkv, positions, rows)) for i, (f, qkv) in enumerate(zip(found, inputs, strict=True))
+        ]
+
+    def attend(self, parts: list[tuple[Sequence, int]]) -> tuple[list[Tensor], list[Tensor], Tensor, np.ndarray]:
+        """Adds tokens to sequences; by layer what attention gave and was given, then positions and rows."""
         spans, fresh, first = [], [], 0
         for sequence, length in parts:
             spans.append(Span(sequence.sequence_id, sequence.row, first, length, sequence.length))
@@ -60,9 +67,7 @@ class Bench:
         inputs = [self._qkv(layer, positions) for layer in range(self.dims.layers)]
         found = [self.attention(layer, qkv) for layer, qkv in enumerate(inputs)]
         self.attention.finish()
-        return [
-            (f, self._expected(i, qkv, positions, rows)) for i, (f, qkv) in enumerate(zip(found, inputs, strict=True))
-        ]
+        return found, inputs, positions, rows
 
     def _qkv(self, layer: int, positions: Tensor) -> Tensor:
         dims, seed = self.dims, torch.Generator().manual_seed(int(positions.sum()) + layer)
@@ -114,6 +119,36 @@ def test_groups(heads: tuple[int, int]) -> None:
 def test_mirrored_equals_gathered_to_the_bit() -> None:
     gathered, mirrored = (walk(Bench(torch.bfloat16, size)) for size in (0, MIRRORED))
     assert all(torch.equal(g, m) for (g, _), (m, _) in zip(gathered, mirrored, strict=True))
+
+
+def grow(bench: Bench, count: int, steps: int) -> tuple[list[Tensor], list[int]]:
+    """Sequences that begin together: what attention gave, and how many came to a lane in each step."""
+    sequences, found, came = [bench.new() for _ in range(count)], list[Tensor](), list[int]()
+    for sequence in sequences:
+        bench.attend([(sequence, bench.block * 8 - 20)])
+    before = set[tuple[int, int]]()
+    for _ in range(steps):
+        found += bench.attend([(sequence, 1) for sequence in sequences])[0]
+        holds = bench.attention._mirror.holds
+        held = {(blocks, s.sequence_id) for blocks in (8, 16) for s in sequences if holds(blocks, s.sequence_id)}
+        came.append(len(held - before))
+        before = held
+    return found, came
+
+
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="the CPU does not multiply bfloat16 natively")
+@pytest.mark.parametrize(("count", "most"), [(1, 1), (9, 1), (20, 2)])
+@torch.inference_mode()
+def test_who_began_together_moves_one_after_the_other_to_the_same_bits(count: int, most: int) -> None:
+    (early, came), (late, jumped), (gathered, _) = (
+        grow(Bench(torch.bfloat16, size, early=steps), count, 30)
+        for size, steps in ((MIRRORED, 16), (MIRRORED, 0), (0, 0))
+    )
+    assert came[0] == count
+    assert max(came[1:]) == most
+    assert sum(came) == 2 * count
+    assert max(jumped[1:]) == count
+    assert all(torch.equal(e, g) and torch.equal(e, g_) for e, g, g_ in zip(early, late, gathered, strict=True))
 
 
 @torch.inference_mode()

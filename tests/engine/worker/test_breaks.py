@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -86,3 +87,34 @@ def test_without_a_share_nobody_waits() -> None:
     breaks = Breaks()
     with breaks.step():
         assert breaks.work(lambda: 1) == 1
+
+
+def test_a_break_is_one_jobs_and_the_next_anothers() -> None:
+    breaks, order = Breaks(1e6 * LONG), list[int]()
+
+    def work(name: int) -> None:
+        order.append(name)
+        while not breaks._due:  # the next step waits
+            pass
+        breaks.turn()
+        order.append(name)
+
+    def step_after(parts: int) -> None:
+        while len(order) != parts:
+            pass
+        breaks._until = 0.0  # the break is over
+        with breaks.step():
+            assert len(order) == parts
+
+    with ThreadPoolExecutor(2) as pool:
+        with breaks.step():
+            jobs = [pool.submit(breaks.work, partial(work, name)) for name in range(2)]
+            while len(breaks._queue) != 2:
+                pass
+        step_after(1)
+        step_after(2)
+        for job in jobs:
+            job.result()
+    first, second = order[:2]
+    assert first != second
+    assert order == [first, second, first, second]
