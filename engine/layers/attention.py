@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.layers.mirror import KvMirror, Lane
+from engine.layers.rotary import Rotary, rotate
 from engine.models.dims import ModelDims
 from engine.worker.batch import Batch, Span
 
@@ -76,6 +77,9 @@ class Layout:
     """
 
     split: Tensor  # [tokens * (heads + 2 kv_heads)] int64: heads of the batch in the layout's order
+    swapped: Tensor  # [the same * 2] int64: their halves, the second before the first
+    cos: Tensor  # [the same, head_dim]: how each is turned; values are not
+    sin: Tensor  # likewise
     merge: Tensor  # [tokens * heads] int64: the layout's queries in the batch's order
     queries: list[int]  # heads that ask, of each group
     taken: list[int]  # keys and values of one layer that a lane takes, of each of the first groups
@@ -95,12 +99,14 @@ class TorchAttention:
         arena: Tensor,
         dims: ModelDims,
         block_tokens: int,
+        rotary: Rotary,
         window: int | None = None,
         window_layers: tuple[bool, ...] = (),
         mirror_bytes: int = 0,
     ) -> None:
         self._dims = dims
         self._block = block_tokens
+        self._rotary = rotary
         self._arena = arena  # [chunks, chunk_elements]
         self._per_layer = 2 * dims.kv_heads  # pages of a layer in a chunk: a page is one block of one head's K or V
         pages = arena.view(-1, block_tokens * dims.head_dim)
@@ -126,11 +132,13 @@ class TorchAttention:
         self._taken = []
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        """[tokens, (heads + 2 kv_heads) * head_dim], rotated -> [tokens, heads * head_dim]."""
+        """[tokens, (heads + 2 kv_heads) * head_dim] -> [tokens, heads * head_dim]."""
         layout = self._layout
         if layout is None:
             raise RuntimeError("attention without begin")
         heads = qkv.view(-1, self._dims.head_dim).index_select(0, layout.split)
+        swapped = qkv.view(-1, self._dims.head_dim // 2).index_select(0, layout.swapped)
+        rotate(heads, swapped.view_as(heads), layout.cos, layout.sin)  # in whole rows, which the gather has made
         # one split in place of many slices, each of which costs as much as a small operation
         parts = heads.split_with_sizes([*layout.queries, *layout.taken, layout.rest])
         queries, taken = parts[: len(layout.queries)], parts[len(layout.queries) : -1]
@@ -168,8 +176,15 @@ class TorchAttention:
         mirrored = sum(taken)
         stored = self._store_index(batch)[tokens]
         layers = np.arange(dims.layers)[:, None] * (self._per_layer * self._block)
+        split = np.concatenate([queries, kv])
+        positions = batch.positions.cpu().numpy()[split // heads]
+        positions[split % heads >= dims.heads + dims.kv_heads] = self._rotary.nowhere
+        cos, sin = self._rotary.rows(self._tensor(positions))
         return Layout(
-            split=self._tensor(np.concatenate([queries, kv])),
+            split=self._tensor(split),
+            swapped=self._tensor((2 * split[:, None] + [1, 0]).reshape(-1)),
+            cos=cos,
+            sin=sin,
             merge=self._tensor(merge),
             queries=[group.tokens.size * dims.heads for group in self._groups],
             taken=[size * self._per_layer for size in taken],
