@@ -31,6 +31,7 @@ TUNABLES = {
     "mmap_threshold": 32 << 20,  # the largest that glibc takes
     "trim_threshold": 256 << 20,
     "top_pad": 64 << 20,
+    "tcache_count": 200,  # small blocks of a size that a thread keeps: seven are too few for what an operation takes
 }
 # OpenMP's threads spin between a step's operations, for about 0.1 ms: the default would keep a core for milliseconds
 # after the step, from work that runs in the break before the next.

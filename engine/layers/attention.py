@@ -8,6 +8,7 @@ the products choose their kernels by shape, and bits may differ.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.layers.mirror import KvMirror, Lane
+from engine.layers.rotary import Rotary, rotate
 from engine.models.dims import ModelDims
 from engine.worker.batch import Batch, Span
 
@@ -27,8 +29,8 @@ EARLY_STEPS = 16  # before a lane's end, in which its members move to a longer o
 class KvSource(Protocol):
     """Where a group's keys and values come from, padded to one capacity."""
 
-    def read(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """`kv`: this step's, see `Layout`. Returns K and V, each [batch, capacity, head_dim]."""
+    def read(self, layer: int, kv: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`kv`: what a lane takes of the step's, see `Layout`. Returns K and V, each [batch, capacity, head_dim]."""
         ...
 
 
@@ -40,7 +42,7 @@ class Gathered:
         self._index = index  # [2 * batch * blocks] int64: pages of layer 0
         self._shape = (2, -1, capacity, head_dim)
 
-    def read(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int, kv: Tensor | None) -> tuple[Tensor, Tensor]:
         k, v = self._pages[layer].index_select(0, self._index).view(self._shape).unbind(0)
         return k, v
 
@@ -48,14 +50,14 @@ class Gathered:
 class Mirrored:
     """A lane of the mirror, which the step's own tokens join before it is read."""
 
-    def __init__(self, lane: Lane, taken: slice, rows: Tensor) -> None:
-        self._lane = lane
-        self._taken = taken  # of the step's keys and values
+    def __init__(self, lane: Lane, rows: Tensor) -> None:
+        self._tokens, self._keys, self._values = lane.by_layer()
         self._rows = rows  # [members * 2 * kv_heads] int64: where in the lane they go
 
-    def read(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
-        self._lane.tokens(layer).index_copy_(0, self._rows, kv[self._taken])
-        return self._lane.keys_values(layer)
+    def read(self, layer: int, kv: Tensor | None) -> tuple[Tensor, Tensor]:
+        if kv is not None:
+            self._tokens[layer].index_copy_(0, self._rows, kv)
+        return self._keys[layer], self._values[layer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +78,15 @@ class Layout:
     """
 
     split: Tensor  # [tokens * (heads + 2 kv_heads)] int64: heads of the batch in the layout's order
+    swapped: Tensor  # [the same * 2] int64: their halves, the second before the first
+    cos: Tensor  # [the same, head_dim]: how each is turned; values are not
+    sin: Tensor  # likewise
     merge: Tensor  # [tokens * heads] int64: the layout's queries in the batch's order
-    queries: int  # tokens * heads
+    queries: list[int]  # heads that ask, of each group
+    taken: list[int]  # keys and values of one layer that a lane takes, of each of the first groups
+    rest: int  # keys and values of one layer that no lane takes
     stored: Tensor  # int64: rows of layer 0's arena that take the keys and values behind the mirrored ones
     mirrored: Tensor  # [layers * mirrored tokens * 2 kv_heads] int64: rows of the arena for those, over all layers
-    mirrored_rows: int  # keys and values of one layer that a lane takes
 
 
 class TorchAttention:
@@ -94,6 +100,7 @@ class TorchAttention:
         arena: Tensor,
         dims: ModelDims,
         block_tokens: int,
+        rotary: Rotary,
         window: int | None = None,
         window_layers: tuple[bool, ...] = (),
         mirror_bytes: int = 0,
@@ -102,6 +109,7 @@ class TorchAttention:
         """`early`: in how many steps before they must sequences move to a longer lane; with 0 none moves early."""
         self._dims = dims
         self._block = block_tokens
+        self._rotary = rotary
         self._arena = arena  # [chunks, chunk_elements]
         self._per_layer = 2 * dims.kv_heads  # pages of a layer in a chunk: a page is one block of one head's K or V
         pages = arena.view(-1, block_tokens * dims.head_dim)
@@ -128,20 +136,22 @@ class TorchAttention:
         self._taken = []
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        """[tokens, (heads + 2 kv_heads) * head_dim], rotated -> [tokens, heads * head_dim]."""
+        """[tokens, (heads + 2 kv_heads) * head_dim] -> [tokens, heads * head_dim]."""
         layout = self._layout
         if layout is None:
             raise RuntimeError("attention without begin")
         heads = qkv.view(-1, self._dims.head_dim).index_select(0, layout.split)
-        queries, kv = heads[: layout.queries], heads[layout.queries :]
-        if layout.mirrored_rows:
-            self._taken.append(kv[: layout.mirrored_rows])
-        if layout.stored.numel():
-            self._tokens[layer].index_copy_(0, layout.stored, kv[layout.mirrored_rows :])
-        out, end = torch.empty_like(queries), 0
-        for group in self._groups:
-            start, end = end, end + group.tokens.size * self._dims.heads
-            self._attend(layer, group, queries[start:end], kv, out[start:end])
+        swapped = qkv.view(-1, self._dims.head_dim // 2).index_select(0, layout.swapped)
+        rotate(heads, swapped.view_as(heads), layout.cos, layout.sin)  # in whole rows, which the gather has made
+        # one split in place of many slices, each of which costs as much as a small operation
+        parts = heads.split_with_sizes([*layout.queries, *layout.taken, layout.rest])
+        queries, taken = parts[: len(layout.queries)], parts[len(layout.queries) : -1]
+        if layout.rest:
+            self._tokens[layer].index_copy_(0, layout.stored, parts[-1])
+        self._taken += taken
+        out = heads.new_empty(len(layout.merge), self._dims.head_dim)
+        for group, asked, kv, result in zip_longest(self._groups, queries, taken, out.split_with_sizes(layout.queries)):
+            self._attend(layer, group, asked, kv, result)
         return out.index_select(0, layout.merge).view(qkv.shape[0], -1)
 
     def finish(self) -> None:
@@ -150,7 +160,7 @@ class TorchAttention:
             self._tokens[0].index_copy_(0, self._layout.mirrored, torch.cat(self._taken))
             self._taken = []
 
-    def _attend(self, layer: int, group: Group, queries: Tensor, kv: Tensor, out: Tensor) -> None:
+    def _attend(self, layer: int, group: Group, queries: Tensor, kv: Tensor | None, out: Tensor) -> None:
         """[sequences * kv_heads * queries * heads of a KV head, head_dim] -> `out`, the same."""
         k, v = group.source.read(layer, kv)
         mask = group.window_mask if self._window_layers[layer] else group.mask
@@ -166,16 +176,25 @@ class TorchAttention:
         kv = (tokens[:, None] * heads + np.arange(dims.heads, heads)).reshape(-1)
         merge = np.empty(len(queries), np.int64)
         merge[queries // heads * dims.heads + queries % heads] = np.arange(len(queries))
-        mirrored = sum(group.tokens.size for group in self._groups if isinstance(group.source, Mirrored))
+        taken = [group.tokens.size for group in self._groups if isinstance(group.source, Mirrored)]
+        mirrored = sum(taken)
         stored = self._store_index(batch)[tokens]
         layers = np.arange(dims.layers)[:, None] * (self._per_layer * self._block)
+        split = np.concatenate([queries, kv])
+        positions = batch.positions.cpu().numpy()[split // heads]
+        positions[split % heads >= dims.heads + dims.kv_heads] = self._rotary.nowhere
+        cos, sin = self._rotary.rows(self._tensor(positions))
         return Layout(
-            split=self._tensor(np.concatenate([queries, kv])),
+            split=self._tensor(split),
+            swapped=self._tensor((2 * split[:, None] + [1, 0]).reshape(-1)),
+            cos=cos,
+            sin=sin,
             merge=self._tensor(merge),
-            queries=len(queries),
+            queries=[group.tokens.size * dims.heads for group in self._groups],
+            taken=[size * self._per_layer for size in taken],
+            rest=(len(tokens) - mirrored) * self._per_layer,
             stored=self._tensor(stored[mirrored:].reshape(-1)),
             mirrored=self._tensor((layers + stored[:mirrored].reshape(-1)).reshape(-1)),
-            mirrored_rows=mirrored * self._per_layer,
         )
 
     def _query_rows(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -199,11 +218,10 @@ class TorchAttention:
         for span, blocks in self._capacities(single):
             by_blocks.setdefault(blocks, []).append(span)
         lanes, rest = self._mirror.update(by_blocks, batch.block_table)
-        groups, end = list[Group](), 0
+        groups = list[Group]()
         for lane, spans in ((group.lane, group.spans) for group in lanes):
             rows = self._tensor(lane.rows(np.array([span.start for span in spans])).reshape(-1))
-            start, end = end, end + len(rows)
-            groups.append(self._decode_group(spans, lane.capacity, Mirrored(lane, slice(start, end), rows)))
+            groups.append(self._decode_group(spans, lane.capacity, Mirrored(lane, rows)))
         for blocks, members in rest.items():
             source = self._gathered(batch, members, blocks)
             groups.append(self._decode_group(members, blocks * self._block, source))

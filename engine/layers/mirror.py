@@ -93,19 +93,16 @@ class Lane:
         self._lengths = {i: span.context for i, span in spans.items()}
 
     def rows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[members, 2 * kv_heads]: which row of `tokens` takes each member's key and value at its position."""
+        """[members, 2 * kv_heads]: which row of a layer takes each member's key and value at its position."""
         side_and_head = np.arange(2 * self._heads)
         place = side_and_head // self._heads * self.places + np.arange(len(positions))[:, None]
         return (place * self._heads + side_and_head % self._heads) * self.capacity + positions[:, None]
 
-    def tokens(self, layer: int) -> Tensor:
-        """[2 * places * kv_heads * capacity, head_dim] of one layer."""
-        return self._kv[layer].view(-1, self._dim)
-
-    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Each [members * kv_heads, capacity, head_dim]."""
-        k, v = self._kv[layer, :, : len(self.members)].flatten(1, 2).unbind(0)
-        return k, v
+    def by_layer(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        """Of each layer: all that `rows` counts, [2 * places * kv_heads * capacity, head_dim], and the members' keys
+        and values, each [members * kv_heads, capacity, head_dim]."""
+        members = self._kv[:, :, : len(self.members)].flatten(2, 3)
+        return self._kv.flatten(1, 4).unbind(0), members[:, 0].unbind(0), members[:, 1].unbind(0)
 
     def _lent(self, shape: Sequence[int]) -> Tensor | None:
         memory = self._memory.take(prod(shape) * self._kv.element_size())

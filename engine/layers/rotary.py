@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.models.config import RopeConfig
@@ -47,23 +48,26 @@ def _yarn(inverse: Tensor, rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 class Rotary:
-    """Tables for every position up to the context's length; a step picks its rows once, layers only apply them."""
+    """Tables for every position up to the context's length; a step picks its rows once, layers only apply them.
+
+    Behind the last position is a row that turns nothing.
+    """
 
     def __init__(
         self, rope: RopeConfig, head_dim: int, positions: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         inverse, scale = inverse_frequencies(rope, head_dim)
         angle = torch.arange(positions, dtype=torch.float32)[:, None] * inverse
-        cos, sin = angle.cos() * scale, angle.sin() * scale
-        self._cos = cos[:, None, None].to(device, dtype)  # [positions, 1, 1, head_dim / 2]
-        self._sin = torch.stack([-sin, sin], 1)[:, None].to(device, dtype)  # [positions, 1, 2, head_dim / 2]
+        cos, sin = F.pad(angle.cos() * scale, (0, 0, 0, 1), value=1.0), F.pad(angle.sin() * scale, (0, 0, 0, 1))
+        self.nowhere = positions  # the position of what is not turned
+        self._cos = torch.cat([cos, cos], 1).to(device, dtype)  # [positions + 1, head_dim]
+        self._sin = torch.cat([-sin, sin], 1).to(device, dtype)  # [positions + 1, head_dim]
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines of a step's tokens; `positions` is [tokens] int64."""
+        """Cosines and signed sines of heads at these positions; `positions` is [heads] int64."""
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
 
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Turns `heads` [tokens, heads, head_dim] in place; the halves of a head are the pairs."""
-    halves = heads.view(*heads.shape[:-1], 2, -1)
-    torch.addcmul(halves * cos, halves.flip(2), sin, out=halves)
+def rotate(heads: Tensor, swapped: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turns `heads` [heads, head_dim] in place; the halves of a head are the pairs, `swapped` has them exchanged."""
+    heads.mul_(cos).addcmul_(swapped, sin)

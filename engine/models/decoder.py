@@ -15,7 +15,6 @@ from engine.layers.embedding import Embedding, make_head
 from engine.layers.linear import Product, make_product
 from engine.layers.lora import DOWN, GATE_UP, OUT, QKV, LoraPath
 from engine.layers.norm import RmsNorm
-from engine.layers.rotary import Rotary, rotate
 from engine.models.config import ModelConfig
 from engine.models.weights import Progress, WeightSource, head_is_tied
 
@@ -24,7 +23,7 @@ class Attention(Protocol):
     """Attention over the arena. The runner prepares it once a step; layers call it."""
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        """[tokens, (heads + 2 kv_heads) * head_dim], rotated -> [tokens, heads * head_dim]. Stores K and V."""
+        """[tokens, (heads + 2 kv_heads) * head_dim] -> [tokens, heads * head_dim]. Rotates; stores K and V."""
         ...
 
 
@@ -50,22 +49,19 @@ class Decoder:
         layers: list[DecoderLayer],
         norm: RmsNorm,
         head: Product,
-        rotary: Rotary,
     ) -> None:
         self.config = config
         self._embed = Embedding(embed)
         self._layers = layers
         self._norm = norm
         self._head = head
-        self._rotary = rotary
 
-    def forward(self, ids: Tensor, positions: Tensor, attention: Attention, lora: LoraPath) -> Tensor:
-        """[tokens] int64, [tokens] int64 -> hidden states before the last norm, [tokens, hidden]."""
-        cos, sin = self._rotary.rows(positions)
+    def forward(self, ids: Tensor, attention: Attention, lora: LoraPath) -> Tensor:
+        """[tokens] int64 -> hidden states before the last norm, [tokens, hidden]."""
         x = self._embed(ids)
         for index, layer in enumerate(self._layers):
             qkv = lora.product(index, QKV, layer.qkv, layer.attention_norm(x))
-            self._position(layer, qkv, cos, sin)
+            self._normalise_heads(layer, qkv)
             x = lora.product(index, OUT, layer.o, attention(index, qkv), x)
             gate_up = lora.product(index, GATE_UP, layer.gate_up, layer.mlp_norm(x))
             x = lora.product(index, DOWN, layer.down, silu_and_mul(gate_up), x)
@@ -75,26 +71,24 @@ class Decoder:
         """[rows, hidden] from `forward` -> [rows, vocab] float32."""
         return self._head(self._norm(hidden)).float()
 
-    def _position(self, layer: DecoderLayer, qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Normalises (where the family does) and rotates q and k inside the merged buffer."""
+    def _normalise_heads(self, layer: DecoderLayer, qkv: Tensor) -> None:
+        """Normalises q and k inside the merged buffer, where the family does."""
+        if layer.q_norm is None or layer.k_norm is None:
+            return
         dims = self.config.dims
         heads = qkv.view(qkv.shape[0], dims.heads + 2 * dims.kv_heads, dims.head_dim)
         q, k = heads[:, : dims.heads], heads[:, dims.heads : dims.heads + dims.kv_heads]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q.copy_(layer.q_norm(q))
-            k.copy_(layer.k_norm(k))
-        rotate(heads[:, : dims.heads + dims.kv_heads], cos, sin)
+        q.copy_(layer.q_norm(q))
+        k.copy_(layer.k_norm(k))
 
 
 def load_decoder(
     config: ModelConfig,
     source: WeightSource,
-    dtype: torch.dtype,
     device: torch.device,
-    positions: int,
     progress: Progress,
 ) -> Decoder:
-    """Builds the decoder layer by layer, so that at most one is held twice; `positions` bounds the rotary tables."""
+    """Builds the decoder layer by layer, so that at most one is held twice."""
     dims = config.dims
     embed = source.get("model.embed_tokens.weight", (dims.vocab, dims.hidden)).to(device)
     layers = []
@@ -104,9 +98,7 @@ def load_decoder(
     norm = RmsNorm(source.get("model.norm.weight", (dims.hidden,)).to(device), config.norm_eps)
     tied = head_is_tied(config, source)
     head = embed if tied else source.get("lm_head.weight", (dims.vocab, dims.hidden)).to(device)
-    return Decoder(
-        config, embed, layers, norm, make_head(head), Rotary(config.rope, dims.head_dim, positions, dtype, device)
-    )
+    return Decoder(config, embed, layers, norm, make_head(head))
 
 
 def _load_layer(config: ModelConfig, source: WeightSource, index: int, device: torch.device) -> DecoderLayer:

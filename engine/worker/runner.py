@@ -78,7 +78,7 @@ class Runner:
             self._rows.extend(step)
         batch = make_batch(plan, self._rows, self._block_tokens, self._device)
         self._attention.begin(batch)
-        hidden = self._decoder.forward(batch.ids, batch.positions, self._attention, self._chooser.choose(batch))
+        hidden = self._decoder.forward(batch.ids, self._attention, self._chooser.choose(batch))
         self._attention.finish()
         self._forward = Forward(batch, hidden, started)
 

@@ -15,6 +15,7 @@ from engine.config import EngineConfig
 from engine.geometry import Geometry, make_geometry
 from engine.layers.attention import TorchAttention
 from engine.layers.linear import cpu_has_bfloat16
+from engine.layers.rotary import Rotary
 from engine.models.config import ModelConfig
 from engine.models.decoder import load_decoder
 from engine.models.dims import ModelDims
@@ -185,7 +186,7 @@ def _start(config: EngineConfig, folder: Path, progress: Progress) -> Worker:
     size = size_arena(config, model.dims, geometry, context, allowed_bytes(config, device))
     source = open_weights(folder, config.load_format, dtype, device)
     with torch.inference_mode():
-        decoder = load_decoder(model, source, dtype, device, context, progress)
+        decoder = load_decoder(model, source, device, progress)
         source.close()
         arena = torch.zeros(size.chunks, geometry.chunk_elements, dtype=dtype, device=device)
     breaks = Breaks(BREAK_SHARE if threads >= len(os.sched_getaffinity(0)) else 0.0)
@@ -196,6 +197,7 @@ def _start(config: EngineConfig, folder: Path, progress: Progress) -> Worker:
         arena,
         model.dims,
         geometry.block_tokens,
+        Rotary(model.rope, model.dims.head_dim, context, dtype, device),
         model.sliding_window,
         model.sliding_layers,
         mirror_bytes=arena.nbytes // MIRROR_SHARE if device.type == "cpu" else 0,

@@ -10,11 +10,16 @@ from torch import Tensor
 
 from engine.geometry import make_geometry
 from engine.layers.attention import TorchAttention, bucket
+from engine.layers.device_rotary import rotary_table
 from engine.layers.linear import cpu_has_bfloat16
+from engine.layers.rotary import Rotary
+from engine.models.config import RopeConfig
 from engine.models.dims import ModelDims
 from engine.worker.batch import Batch, Span
 from kernels.reference import attention as reference
+from kernels.reference import rotary as turned
 
+POSITIONS = 640
 DIMS = ModelDims(layers=2, hidden=72, intermediate=104, heads=6, kv_heads=2, head_dim=20, vocab=50)
 MIRRORED = 1 << 26
 
@@ -34,7 +39,8 @@ class Bench:
         self.dims, self.geometry = dims, make_geometry(dims, dtype.itemsize)
         self.block = self.geometry.block_tokens
         self.arena = torch.full((400, self.geometry.chunk_elements), float("nan"), dtype=dtype)
-        self.attention = TorchAttention(self.arena, dims, self.block, mirror_bytes=mirror_bytes, early=early)
+        rotary = Rotary(RopeConfig(), dims.head_dim, POSITIONS, dtype, self.arena.device)
+        self.attention = TorchAttention(self.arena, dims, self.block, rotary, mirror_bytes=mirror_bytes, early=early)
         self.table = np.zeros((40, 40), np.int64)
         self.random = random.Random(5)
         self.free = self.random.sample(range(400), 400)
@@ -78,7 +84,8 @@ class Bench:
         """What the plain reference reads in the arena, once the step is over."""
         dims = self.dims
         shape = (dims.layers, dims.kv_heads, self.block, dims.head_dim)
-        q = qkv.view(len(rows), -1, dims.head_dim)[:, : dims.heads]
+        table_of_turns = rotary_table(RopeConfig(), dims.head_dim, POSITIONS, qkv.device)
+        q = turned(qkv.view(len(rows), -1, dims.head_dim)[:, : dims.heads], positions, table_of_turns)
         table = torch.from_numpy(self.table[rows])
         return reference(q, self.arena, table, positions, layer, shape).reshape(len(rows), -1)
 
