@@ -185,9 +185,8 @@ class KvMirror:
     ) -> tuple[list[LaneGroup], dict[int, Sequence[Span]]]:
         """Takes the step's single tokens by capacity; returns (lanes ready to be read, spans there is no room for)."""
         groups, rest = list[LaneGroup](), dict[int, Sequence[Span]]()
-        for blocks, spans in sorted(
-            by_blocks.items(), reverse=True
-        ):  # who moves to a longer lane still is in the shorter
+        for blocks in sorted(by_blocks, reverse=True):  # who moves to a longer lane still is in the shorter
+            spans = by_blocks[blocks]
             lane = self._lane(blocks, len(spans), by_blocks)
             if lane is None:
                 rest[blocks] = spans
