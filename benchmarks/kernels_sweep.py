@@ -20,6 +20,7 @@ from benchmarks.device_timing import default_device, graph_times, matrix_rate, r
 from benchmarks.floors import LLAMA_DIMS, TINY, Sizes
 from benchmarks.report import SHORT, Report
 from benchmarks.traffic import zipf
+from engine.models.device_decoder import lora_groups
 from engine.models.dims import LORA_MODULES, ModelDims
 from kernels.launch import lora_tile
 from kernels.lora_expand import lora_expand
@@ -97,13 +98,6 @@ def tokens_by_adapter(case: Case) -> list[int]:
             drawn = (names[0] if i % 2 else next(rest) for i in itertools.count())
     counts = Counter(itertools.islice(drawn, case.tokens))
     return [counts[name] for name in names]
-
-
-def lora_groups(dims: ModelDims) -> tuple[LoraGroup, ...]:
-    """The decoder's four merged products."""
-    shapes = [dims.module_shape(module) for module in LORA_MODULES]
-    groups = ((0, 1, 2), (3,), (4, 5), (6,))
-    return tuple(LoraGroup(g[0], shapes[g[0]][0], tuple(shapes[m][1] for m in g)) for g in groups)
 
 
 def floor(case: Case, axes: Axes, used: int, reads: float, matrix: float) -> float:

@@ -6,12 +6,14 @@ nobody reads the others. The caller fills the step's lists before; nothing here 
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from engine.models.config import ModelConfig
 from engine.models.device_weights import DecoderWeights, LayerWeights, Linear
+from engine.models.dims import LORA_MODULES, ModelDims
 from engine.models.overlap import Overlap, default_overlap
 from engine.worker.accelerator import Accelerator
 from kernels.attention_decode import decode_attention
@@ -21,7 +23,7 @@ from kernels.launch import PRODUCT_PARTS, PRODUCT_ROWS
 from kernels.layout import KvLayout
 from kernels.lora_expand import lora_expand
 from kernels.lora_gather import lora_gather
-from kernels.lora_meta import LoraGroup, LoraMeta
+from kernels.lora_meta import GROUP_STARTS, LoraGroup, LoraMeta
 from kernels.lora_shrink import lora_shrink
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.product import product, product_parts
@@ -90,6 +92,13 @@ class DecoderBuffers:
         return self._delta[: rows * width].view(rows, width)
 
 
+def lora_groups(dims: ModelDims) -> tuple[LoraGroup, ...]:
+    """Of the four merged products: qkv, o, gate_up, down."""
+    shapes = [dims.module_shape(module) for module in LORA_MODULES]
+    bounds = pairwise((*GROUP_STARTS, len(shapes)))
+    return tuple(LoraGroup(a, shapes[a][0], tuple(out for _, out in shapes[a:b])) for a, b in bounds)
+
+
 class DeviceDecoder:
     """`forward` leaves normalised hidden states in `buffers.hidden`: of all tokens, or of the step's last rows."""
 
@@ -113,11 +122,7 @@ class DeviceDecoder:
         self._accelerator = accelerator
         self.use(torch.empty(0), torch.empty(0), torch.empty(0))
         self._scale = dims.head_dim**-0.5
-        query, key = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
-        self._qkv = LoraGroup(0, dims.hidden, (query, key, key))
-        self._o = LoraGroup(3, query, (dims.hidden,))
-        self._gate_up = LoraGroup(4, dims.hidden, (dims.intermediate, dims.intermediate))
-        self._down = LoraGroup(6, dims.intermediate, (dims.hidden,))
+        self._qkv, self._o, self._gate_up, self._down = lora_groups(dims)
         self._window_layers = config.sliding_layers or (False,) * dims.layers
         self.overlap(default_overlap(accelerator.device))
 
