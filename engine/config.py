@@ -54,6 +54,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     disable_overlap_schedule: bool = False
     disable_cuda_graph: bool = False
     cuda_graph_max_bs: int | None = None
+    compile_threads: int | None = None  # that compile kernels at start; None: the cores, 16 at most; 0: at first use
     lora_stack: bool = True  # CPU: products over all slots' concatenated ranks; off: adapter by adapter
     threads: int | None = None  # CPU threads of the step; None: the cores at hand
     log_level: str = "info"

@@ -117,6 +117,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         disable_overlap_schedule=args.disable_overlap_schedule,
         disable_cuda_graph=args.disable_cuda_graph,
         cuda_graph_max_bs=args.cuda_graph_max_bs,
+        compile_threads=args.compile_threads,
         lora_stack=not args.disable_lora_stack,
         threads=args.threads,
         log_level=args.log_level,

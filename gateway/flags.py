@@ -202,6 +202,10 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--disable-cuda-graph", action="store_true", help="launch every kernel on its own")
     add("--cuda-graph-max-bs", type=positive, help="largest batch with a graph (default: --max-running-requests)")
+    add(
+        "--compile-threads", type=natural, metavar="N",
+        help="threads that compile kernels at start (default: the cores, at most 16); 0: each at its first launch",
+    )  # fmt: skip
     add("--threads", type=positive, help="CPU threads of a step (default: the cores at hand)")
 
 
@@ -232,6 +236,13 @@ def positive(text: str) -> int:
     """An integer of at least 1."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def natural(text: str) -> int:
+    """An integer of at least 0."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{number} is less than 0")
     return number
 
 

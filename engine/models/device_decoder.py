@@ -5,6 +5,7 @@ follows each anyway. Behind the last layer's attention a step of prompts goes on
 nobody reads the others. The caller fills the step's lists before; nothing here depends on them but through the device.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -135,8 +136,14 @@ class DeviceDecoder:
         """Keys, values and adapters are in this arena from now on, the slots' adapters where these tables say."""
         self._arena, self._pieces, self._ranks = arena, pieces, ranks
 
-    def forward(self, step: StepTensors) -> None:
-        """Launches all layers."""
+    @property
+    def kinds(self) -> frozenset[int]:
+        """Layers that launch, between them, every kernel there is: the first of each kind, and the last."""
+        sliding = list(self._window_layers)
+        return frozenset({sliding.index(kind) for kind in sliding} | {len(sliding) - 1})
+
+    def forward(self, step: StepTensors, layers: Collection[int] | None = None) -> None:
+        """Launches all layers, or some of them, which computes nothing of use."""
         weights, buffers, rows = self._weights, self.buffers, step.ids.shape[0]
         residual, hidden, mixed, lora = buffers.residual[:rows], buffers.hidden[:rows], buffers.mixed[:rows], step.lora
         if lora is not None:
@@ -146,6 +153,8 @@ class DeviceDecoder:
         following = [layer.attention_norm for layer in weights.layers[1:]]
         self._pdl = self._overlap.dependent(rows)
         for index, (layer, norm) in enumerate(zip(weights.layers, [*following, weights.norm], strict=True)):
+            if layers is not None and index not in layers:
+                continue
             self._attend(index, layer, step, hidden)
             if step.last is not None and index == len(weights.layers) - 1:
                 mixed, residual, lora = *self._pick(step.last), step.last.lora

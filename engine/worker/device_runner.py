@@ -3,8 +3,9 @@
 Used by one step thread. Sampled tokens stay on the device, where the next step finds them; only `Pending.result` waits.
 """
 
+import functools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,7 @@ from engine.worker.rows import Rows
 from engine.worker.runner import Pending
 from engine.worker.shapes import LAST, WINDOWED, Shapes, StepShape, second
 from engine.worker.staging import Staging
+from kernels.ahead import compiling_ahead
 from kernels.attention_meta import AttentionWorkspace
 from kernels.lora_meta import LoraWorkspace
 from kernels.step_input import pick_rows, update_tables
@@ -100,11 +102,28 @@ class DeviceRunner:
         """Steps whose layers ran as a captured graph."""
         return self._graphs.replays
 
+    def compile(self, threads: int, *, lora: bool, progress: Progress) -> None:
+        """Compiles the kernels of every shape, several at once, on launches of empty steps. 0: does nothing.
+
+        A kernel that is compiled already runs, and touches nothing that a step reads.
+        """
+        if not threads:
+            return
+        families = (False, True) if lora else (False,)
+        shapes = [
+            s for family in families for s in (*self._shapes.graphs(lora=family), *self._shapes.eager(lora=family))
+        ]
+        told = functools.partial(progress, "kernels")
+        with self._accelerator.launching(), compiling_ahead(threads, told):
+            self._staging.device.zero_()
+            for shape in shapes:
+                self._launch_forward(shape, self._decoder.kinds)
+                self._launch_sample(shape)
+
     def capture(self, *, lora: bool, progress: Progress) -> None:
         """Captures the graphs of every shape that has one."""
-        shapes = [
-            shape for family in ((False, True) if lora else (False,)) for shape in self._shapes.graphs(lora=family)
-        ]
+        families = (False, True) if lora else (False,)
+        shapes = [shape for family in families for shape in self._shapes.graphs(lora=family)]
         with self._accelerator.launching():
             self._staging.device.zero_()
         self._graphs.capture(shapes, progress)
@@ -196,10 +215,10 @@ class DeviceRunner:
 
     # What a graph holds
 
-    def _launch_forward(self, shape: StepShape) -> None:
+    def _launch_forward(self, shape: StepShape, layers: Collection[int] | None = None) -> None:
         tensors = self._views(shape)
         update_tables(self._block_tables, tensors.sample.step, tensors.sample.tail)
-        self._decoder.forward(tensors.step)
+        self._decoder.forward(tensors.step, layers)
         rows = self._decoder.buffers.hidden[: shape.sequences]
         if not shape.last_rows:
             rows = self._last_hidden[: shape.sequences]

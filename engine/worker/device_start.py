@@ -1,5 +1,6 @@
 """Starts a worker whose layers are Triton kernels: weights, buffers, a trial run, the arena in what is left, graphs."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from engine.worker.worker import Worker, dtype_of, make_info, step_tokens_of
 from kernels.launch import multiprocessors
 
 STEP_THREADS = 1  # of torch on the CPU: the device does the work
+MOST_COMPILE_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,15 @@ class Setting:
     shapes: Shapes
     accelerator: Accelerator
 
+    @property
+    def lora(self) -> bool:
+        return self.config.enable_lora or bool(self.config.lora_paths)
+
+    @property
+    def compile_threads(self) -> int:
+        threads = self.config.compile_threads
+        return min(MOST_COMPILE_THREADS, os.cpu_count() or 1) if threads is None else threads
+
 
 @torch.inference_mode()
 def start_device(config: EngineConfig, folder: Path, device: torch.device, progress: Progress) -> Worker:
@@ -50,7 +61,7 @@ def start_device(config: EngineConfig, folder: Path, device: torch.device, progr
     setting = _setting(config, folder, device)
     runner = _runner(setting, folder, progress)
     if device.type == "cuda":
-        _trial(setting, runner)
+        _trial(setting, runner, progress)
     size = size_arena(config, setting.model.dims, setting.geometry, setting.context, allowed_bytes(config, device))
     arena = _arena(setting, size.chunks)
     bank = _bank(setting, arena)
@@ -62,7 +73,7 @@ def start_device(config: EngineConfig, folder: Path, device: torch.device, progr
     if device.type == "cuda":
         worker.warmed_up()
         if not config.disable_cuda_graph:
-            runner.capture(lora=config.enable_lora or bool(config.lora_paths), progress=progress)
+            runner.capture(lora=setting.lora, progress=progress)
     return worker
 
 
@@ -95,12 +106,16 @@ def _runner(setting: Setting, folder: Path, progress: Progress) -> DeviceRunner:
     return DeviceRunner(decoder, sampler, packer, shapes, rows, accelerator)
 
 
-def _trial(setting: Setting, runner: DeviceRunner) -> None:
-    """Runs the largest step over an arena of its own, so that what the libraries take is taken before the real one."""
+def _trial(setting: Setting, runner: DeviceRunner, progress: Progress) -> None:
+    """Runs the largest step over an arena of its own, so that what the libraries take is taken before the real one.
+
+    Kernels are compiled before: the first step to need one would wait for it.
+    """
     chunks = setting.geometry.blocks(min(setting.step_tokens, setting.context))
     arena = _arena(setting, chunks)
     bank = _bank(setting, arena)
     runner.use(arena, bank)
+    runner.compile(setting.compile_threads, lora=setting.lora, progress=progress)
     plan = largest_step(setting.step_tokens, setting.context, chunks, setting.geometry)
     runner.forward(plan)
     runner.sample(plan).result()

@@ -133,6 +133,17 @@ class Shapes:
         long, most = context > LONG_CONTEXT, _power_of_two(sequences)
         return self.make(rows, most, prefill=True, lora=lora, all_rows=all_rows, long=long)
 
+    def eager(self, *, lora: bool) -> list[StepShape]:
+        """One of each kind of the steps beyond the graphs, whose kernels differ: for what is compiled at start."""
+        machine = self.machine
+        rows, running = _round(machine.step_tokens, 256), _power_of_two(machine.max_running)
+        return [
+            self.make(tokens, min(running, tokens), prefill=True, lora=lora, all_rows=all_rows, long=long)
+            for tokens in sorted({min(rows, SMALL_STEP), rows})
+            for all_rows in (False, True)
+            for long in ((False, True) if machine.max_context > LONG_CONTEXT else (False,))
+        ]
+
     def largest(self) -> list[StepShape]:
         """Shapes that bound all others in every buffer."""
         machine = self.machine
