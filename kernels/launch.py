@@ -79,28 +79,30 @@ def shrink_splits(tokens: int, group: LoraGroup) -> int:
 
 
 def shrink_tiles(bounds: LoraBounds, group: LoraGroup, itemsize: int) -> ShrinkTiles:
-    """Small tiles split the inner dimension to have enough programs; large ones read x once for all modules."""
+    """Both split the inner dimension to have enough programs; large tiles read x once for all modules."""
     narrow = 2 if itemsize == 4 else 1
     if bounds.tile == 16:
         # Beside a product that leaves little memory: smaller tiles, more of them under way.
         inner, stages = (128, 4) if 32 < bounds.tokens <= PRODUCT_ROWS else (256, 3)
         splits = min(split_bound(bounds), shrink_splits(bounds.tokens, group), cdiv(group.inner, 256))
         return ShrinkTiles(inner // narrow, splits, False, 4, stages)
-    return ShrinkTiles(64 // narrow, 1, len(group.features) > 1, 4, 3)
+    splits = min(split_bound(bounds), cdiv(group.inner, 1024))
+    return ShrinkTiles(64 // narrow, splits, len(group.features) > 1, 8, 4)
 
 
 @dataclass(frozen=True, slots=True)
 class ExpandTiles:
+    """each: programs a multiprocessor; units of work beyond that are taken in turns."""
+
     columns: int
     warps: int
     stages: int
+    each: int = 8
 
 
 def expand_tiles(bounds: LoraBounds, itemsize: int) -> ExpandTiles:
     narrow = 2 if itemsize == 4 else 1
-    if bounds.tile == 16:
-        return ExpandTiles(256 // narrow, 4, 2)
-    return ExpandTiles(128 // narrow, 4 if bounds.tile <= 64 else 8, 1)
+    return ExpandTiles(256 // narrow, 4, 2) if bounds.tile == 16 else ExpandTiles(128 // narrow, 4, 2, each=32)
 
 
 @dataclass(frozen=True, slots=True)

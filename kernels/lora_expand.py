@@ -10,8 +10,6 @@ from kernels.launch import cdiv, dependent, expand_tiles, multiprocessors, requi
 from kernels.layout import piece_unit
 from kernels.lora_meta import ITEM_INTS, LORA_ITEMS, LORA_MODULES, LoraGroup, LoraMeta
 
-PROGRAMS_EACH = 8  # programs a multiprocessor; units of work beyond that are taken in turns
-
 
 @triton.jit
 def _unit(
@@ -149,7 +147,7 @@ def lora_expand(
     out = (*features, 0, 0)[:3]
     tiles = expand_tiles(meta.bounds, y.element_size())
     programs = meta.bounds.items * sum(cdiv(size, tiles.columns) for size in features)
-    _expand[(min(programs, PROGRAMS_EACH * multiprocessors(y.device)),)](
+    _expand[(min(programs, tiles.each * multiprocessors(y.device)),)](
         y,
         arena,
         meta.z,

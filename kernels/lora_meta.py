@@ -130,6 +130,7 @@ class LoraMeta:
     shrink_desc: Tensor  # [work, layers * 7, 2] int32: offset of A's piece, its ranks (0: nothing to do)
     expand_desc: Tensor  # [items, layers * 7, 1 + rank_blocks] int32: rank, offsets of B's pieces
     z: Tensor  # [elements] float32: shrink's partial products, [splits, tokens, modules, max_rank] in each launch
+    known: Sequence[int] | None = None  # rows of each group, where what is launched is for one step; None: for a graph
 
     @property
     def max_rank(self) -> int:
@@ -180,6 +181,6 @@ def z_elements(bounds: LoraBounds) -> int:
 def split_bound(bounds: LoraBounds) -> int:
     """Most parts of the inner dimension that a bucket's shrinks may use: many where few rows leave the device idle."""
     if bounds.tile > 16:
-        return 1
+        return 2
     splits = max(2, min(MAX_SPLITS, 1024 // bounds.tokens))
     return 1 << (splits.bit_length() - 1)  # a power of two, so that few kernels are compiled

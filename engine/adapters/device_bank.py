@@ -1,10 +1,11 @@
 """Adapters in a GPU's arena: copied there on a stream of their own, found by the kernels through tables of offsets.
 
-The loop's thread calls `load` and `drop`, the step's thread `assign`. A thread waits for each load's event and tells
-who asked; no step does.
+The loop's thread calls `load` and `drop`, the step's thread `assign`. A thread waits for each load and tells who asked;
+no step does.
 """
 
 import threading
+import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from engine.plan import AdapterLoad
 from engine.worker.accelerator import Accelerator
 from engine.worker.staging import Ints
 from kernels.lora_meta import GROUP_STARTS
+
+POLL_SECONDS = 20e-6  # between looks at whether a load is done: an interrupt comes a tenth of a millisecond late
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class DeviceBank:
         self._resident: dict[int, AdapterTables] = {}
         self._slots: list[AdapterTables | None] = [None] * slots
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-loads")
+        self._copied = accelerator.event()  # of the load under way
 
     def load(self, load: AdapterLoad, adapter: HostPages, done: Done) -> None:
         """Copies the pages to the chunks; `done(adapter_id, error)` is called from the loading thread."""
@@ -97,7 +101,6 @@ class DeviceBank:
     @torch.inference_mode()
     def _load(self, load: AdapterLoad, adapter: HostPages) -> BaseException | None:
         try:
-            copied = self._accelerator.event(sleeping=True)
             with self._accelerator.copying():
                 for chunk, page in zip(load.chunks, adapter.pages, strict=True):
                     self._bytes[chunk].copy_(page, non_blocking=True)
@@ -107,8 +110,9 @@ class DeviceBank:
                     self._accelerator.upload(ranks),
                     -(-np.maximum.reduceat(ranks.max(0), GROUP_STARTS) // PIECE_RANKS),
                 )
-                copied.record()
-            copied.synchronize()
+                self._copied.record()
+            while not self._copied.query():
+                time.sleep(POLL_SECONDS)
             with self._lock:
                 self._resident[load.adapter_id] = tables
         except Exception as error:  # told to whoever asked for the load

@@ -222,7 +222,7 @@ class DeviceDecoder:
         """The residual takes a product in, and the next norm is taken of it."""
         rows = x.shape[0]
         y = hidden = self.buffers.hidden[:rows]
-        if self._overlap.product(rows, linear.weight):
+        if self._overlap.product(rows, linear.weight, lora=lora is not None):
             y = self.buffers.parts(product_parts(linear.weight), rows)
         delta, delta_rows = self._product(index, group, linear, x, y, lora)
         add_rms_norm(
@@ -232,17 +232,25 @@ class DeviceDecoder:
     def _product(
         self, index: int, group: LoraGroup, linear: Linear, x: Tensor, out: Tensor, lora: LoraMeta | None
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """out = x @ weight.T (+ bias); the adapters' delta, which the next op adds, is computed beside it.
+        """out = x @ weight.T (+ bias) and the adapters' delta, which the next op adds if it is returned.
 
-        Returns the delta and how many rows it has.
+        Returns the delta, which is computed beside the product, and how many rows it has. Of a large step whose rows
+        are known to have adapters, the delta is computed first and the product added onto it.
         """
+        rows = x.shape[0]
+        if lora is not None and lora.known is not None and rows > self._overlap.onto:
+            known = lora.known[group.index]
+            if self._overlap.adds_onto(rows, known) and linear.bias is None:
+                self._add_onto(index, group, linear, x, out, lora, known)
+                return None, None
+            lora = lora if known else None
         if lora is not None:
             delta = self.buffers.delta(*out.shape[-2:])
-            pdl = self._pdl and x.shape[0] <= self._overlap.products
+            pdl = self._pdl and rows <= self._overlap.products
             with self._accelerator.beside(early=pdl):
                 lora_shrink(x, self._arena, lora, index, group, pdl=pdl)
                 lora_expand(delta, self._arena, lora, index, group, add=False, pdl=pdl)
-        if self._overlap.product(x.shape[0], linear.weight):
+        if self._overlap.product(rows, linear.weight, lora=lora is not None):
             product(out, x, linear.weight, linear.bias, pdl=self._pdl, shared=lora is not None)
         elif linear.bias is None:
             torch.mm(x, linear.weight.t(), out=out)
@@ -252,3 +260,12 @@ class DeviceDecoder:
             return None, None
         self._accelerator.join()
         return delta, lora.rows(group)
+
+    def _add_onto(
+        self, index: int, group: LoraGroup, linear: Linear, x: Tensor, out: Tensor, lora: LoraMeta, known: int
+    ) -> None:
+        """out = the delta of the first `known` rows + x @ weight.T, of which the product reads the former."""
+        lora_shrink(x, self._arena, lora, index, group)
+        lora_expand(out, self._arena, lora, index, group, add=False)
+        out[known:].zero_()
+        out.addmm_(x, linear.weight.t())

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.launch import PRODUCT_ROWS
 
 PDL_TOKENS = 256  # of a step whose launches overlap; larger ones are bound by products
+ONTO_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,17 +20,30 @@ class Overlap:
 
     products: int = PRODUCT_ROWS  # tokens of the largest step whose products are `kernels.product`, not the library's
     pdl: bool = True  # a kernel may start before the one ahead of it has ended; changes no result
+    onto: int = ONTO_TOKENS  # tokens above which a product is added onto LoRA's delta, where that is known to be large
 
-    def product(self, tokens: int, weight: Tensor) -> bool:
-        """weight: [out, in]. Where rows are long (down's), steps of twice as many tokens are ours."""
+    def product(self, tokens: int, weight: Tensor, *, lora: bool) -> bool:
+        """Whether a product is ours. weight: [out, in]; lora: shrink and expand run beside it.
+
+        Steps of twice as many tokens are where the weight's rows are long (down's), and beside LoRA where they are not
+        very short (gate_up's).
+        """
         features, inner = weight.shape
-        return weight.dtype.itemsize == 2 and tokens <= self.products * (2 if inner > 2 * features else 1)
+        twice = features <= 2 * inner if lora else inner > 2 * features
+        return weight.dtype.itemsize == 2 and tokens <= self.products * (2 if twice else 1)
 
     def dependent(self, tokens: int) -> bool:
         return self.pdl and tokens <= PDL_TOKENS
 
+    def adds_onto(self, tokens: int, rows: int) -> bool:
+        """rows: of the tokens, those with an adapter. The product reads the delta while it computes; writing zeros for
+        the others must not cost more than that saves.
+        """
+        return tokens > self.onto and 2 * rows >= tokens
 
-OFF = Overlap(products=0, pdl=False)
+
+NEVER = 1 << 30
+OFF = Overlap(products=0, pdl=False, onto=NEVER)
 
 
 def default_overlap(device: torch.device) -> Overlap:

@@ -21,6 +21,10 @@ class Event(Protocol):
 
     def record(self) -> None: ...
 
+    def query(self) -> bool:
+        """Whether what was recorded last has happened."""
+        ...
+
     def synchronize(self) -> None: ...
 
 
@@ -50,9 +54,7 @@ class Accelerator(Protocol):
         """The steps' stream goes on when what ran beside it is done."""
         ...
 
-    def event(self, *, sleeping: bool = False) -> Event:
-        """`sleeping`: who waits gives its core away."""
-        ...
+    def event(self) -> Event: ...
 
     def host(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Memory that copies run from and to without being waited for."""
@@ -100,8 +102,8 @@ class CudaAccelerator:
     def join(self) -> None:
         self._steps.wait_stream(self._beside)
 
-    def event(self, *, sleeping: bool = False) -> Event:
-        return torch.cuda.Event(blocking=sleeping)  # type: ignore[no-untyped-call]
+    def event(self) -> Event:
+        return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def host(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, pin_memory=True)
@@ -120,6 +122,9 @@ class CudaAccelerator:
 class _Done:
     def record(self) -> None:
         pass
+
+    def query(self) -> bool:
+        return True
 
     def synchronize(self) -> None:
         pass
@@ -141,7 +146,7 @@ class InterpretedAccelerator:
     def join(self) -> None:
         pass
 
-    def event(self, *, sleeping: bool = False) -> Event:
+    def event(self) -> Event:
         return _Done()
 
     def host(self, *shape: int, dtype: torch.dtype) -> Tensor:

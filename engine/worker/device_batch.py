@@ -14,7 +14,7 @@ from engine.worker.rows import Rows
 from engine.worker.shapes import LAST, WINDOWED, Machine, StepShape, second
 from engine.worker.staging import Ints
 from kernels.attention_meta import pack_attention
-from kernels.lora_meta import LoraBounds, pack_lora
+from kernels.lora_meta import LORA_ROWS, LoraBounds, pack_lora
 from kernels.step_meta import EDIT_INTS, EDITS, EDITS_AT, ROW, SAMPLES, TABLE_UPDATES, UPDATE_INTS
 
 Longs = NDArray[np.int64]
@@ -27,6 +27,7 @@ class Packed:
     spans: tuple[Span, ...]  # aligned with the plan's sequences
     steps: tuple[SequenceStep, ...]  # those that sample, in the order of the samples
     tail: int  # integers in use
+    lora_rows: tuple[int, ...] | None = None  # of each group of modules; None: nobody has an adapter
     updates: Ints | None = None  # [n, 2]: of the block tables, where the tail had no room for them
     edits: Ints | None = None  # [n, EDIT_INTS]: of the logits, likewise
 
@@ -66,7 +67,8 @@ class Packer:
         fields["samples"][:count] = samples
         fields["samples"][:count, ROW] = (firsts + lengths - 1)[sampled]
         tail, updates, more = self._pack_tail(fields, steps, count, edits)
-        return Packed(_spans(steps, firsts), tuple(steps[i] for i in sampled), tail, updates, more)
+        lora_rows = tuple(fields["counts"][list(LORA_ROWS)].tolist()) if shape.lora else None
+        return Packed(_spans(steps, firsts), tuple(steps[i] for i in sampled), tail, lora_rows, updates, more)
 
     def _pack_tokens(
         self,

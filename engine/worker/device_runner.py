@@ -5,8 +5,8 @@ Used by one step thread. Sampled tokens stay on the device, where the next step 
 
 import functools
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -147,7 +147,8 @@ class DeviceRunner:
             )
             packed = self._pack(plan, shape, used)
             self.lora_steps["triton" if used else "base"] += 1
-            self._graphs.forward(shape)
+            eager = functools.partial(self._launch_forward, shape, lora_rows=packed.lora_rows)
+            self._graphs.forward(shape, eager)
         self._flight = Flight(plan, shape, packed, started)
 
     def sample(
@@ -215,10 +216,16 @@ class DeviceRunner:
 
     # What a graph holds
 
-    def _launch_forward(self, shape: StepShape, layers: Collection[int] | None = None) -> None:
+    def _launch_forward(
+        self, shape: StepShape, layers: Collection[int] | None = None, lora_rows: Sequence[int] | None = None
+    ) -> None:
+        """lora_rows: of the one step that this is launched for; None: for any that has the shape."""
         tensors = self._views(shape)
+        step = tensors.step
+        if step.lora is not None and lora_rows is not None:
+            step = replace(step, lora=replace(step.lora, known=lora_rows))
         update_tables(self._block_tables, tensors.sample.step, tensors.sample.tail)
-        self._decoder.forward(tensors.step, layers)
+        self._decoder.forward(step, layers)
         rows = self._decoder.buffers.hidden[: shape.sequences]
         if not shape.last_rows:
             rows = self._last_hidden[: shape.sequences]

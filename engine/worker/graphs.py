@@ -30,11 +30,12 @@ class Graphs:
         self._sample = sample
         self._graphs: dict[StepShape, StepGraphs] = {}
 
-    def forward(self, shape: StepShape) -> None:
+    def forward(self, shape: StepShape, eager: Callable[[], None]) -> None:
+        """eager: launches the step, where the shape has no graph."""
         graphs = self._graphs.get(shape)
         if graphs is None:
             self.eager += 1
-            self._forward(shape)
+            eager()
         else:
             self.replays += 1
             graphs.forward.replay()

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.models.overlap import OFF, PDL_TOKENS, Overlap, default_overlap
+from engine.models.overlap import OFF, ONTO_TOKENS, PDL_TOKENS, Overlap, default_overlap
 from kernels.launch import PRODUCT_ROWS
 
 LONG = 3 * 64
+LARGE = ONTO_TOKENS + 2
 
 
 def weight(inner: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -32,11 +33,29 @@ def weight(inner: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     ids=str,
 )
 def test_small_steps_overlap(overlap: Overlap, tokens: int, inner: int, product: bool, dependent: bool) -> None:
-    assert (overlap.product(tokens, weight(inner)), overlap.dependent(tokens)) == (product, dependent)
+    assert (overlap.product(tokens, weight(inner), lora=False), overlap.dependent(tokens)) == (product, dependent)
+
+
+def test_beside_lora_more_products_are_ours() -> None:
+    """All but those whose weight has many short rows."""
+    tokens = 2 * PRODUCT_ROWS
+    square, long, short = weight(), weight(LONG), torch.zeros(LONG, 64, dtype=torch.bfloat16)
+    assert [Overlap().product(tokens, w, lora=True) for w in (square, long, short)] == [True, True, False]
+    assert not Overlap().product(tokens + 1, square, lora=True)
+    assert not OFF.product(1, square, lora=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "onto"),
+    [(LARGE, LARGE // 2, True), (LARGE, LARGE // 2 - 1, False), (ONTO_TOKENS, ONTO_TOKENS, False)],
+)
+def test_large_steps_of_mostly_adapters_add_onto_deltas(tokens: int, rows: int, onto: bool) -> None:
+    assert Overlap().adds_onto(tokens, rows) == onto
+    assert not OFF.adds_onto(tokens, rows)
 
 
 def test_products_of_four_bytes_an_element_are_the_librarys() -> None:
-    assert not Overlap().product(1, weight(dtype=torch.float32))
+    assert not Overlap().product(1, weight(dtype=torch.float32), lora=False)
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,19 @@ Not collected by itself: Triton decides for a whole process whether kernels are 
 """
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
 from msgspec.structs import replace
 
 from engine.config import EngineConfig, LoraPath
+from engine.models.overlap import OFF
 from engine.models.weights import Progress
 from engine.plan import StepPlan
 from engine.types import SamplingParams
@@ -98,6 +101,21 @@ def test_families(family: str, tmp_path: Path) -> None:
     assert_same(ours, theirs)
     assert triton.worker.lora_steps["triton"] > 2
     assert triton.worker.graph_replays == 0
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])  # with biases, which stay beside, and without
+def test_products_added_onto_deltas(family: str, tmp_path: Path) -> None:
+    """Steps of mostly adapters, of few, and of adapters that have none of most groups of modules."""
+    folder = write_model(tmp_path / family, vocab=250, **FAMILIES[family])
+    triton, torch_ = drivers(folder)
+    decoder = cast("Any", triton.worker._runner)._decoder
+    decoder.overlap(dataclasses.replace(OFF, onto=8))
+    adds = Mock(wraps=decoder._add_onto)
+    decoder._add_onto = adds
+    for owners in ((1, 3, 4, None), (None, None, None, 3), (2, 2)):
+        ours, theirs = (driver.run(requests(owners)) for driver in (triton, torch_))
+        assert_same(ours, theirs)
+    assert {call.args[1].index for call in adds.call_args_list} == ({1, 2, 3} if family == "qwen2" else {0, 1, 2, 3})
 
 
 @pytest.fixture(scope="module")
