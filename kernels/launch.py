@@ -85,7 +85,7 @@ def shrink_tiles(bounds: LoraBounds, group: LoraGroup, itemsize: int) -> ShrinkT
         # Beside a product that leaves little memory: smaller tiles, more of them under way.
         inner, stages = (128, 4) if 32 < bounds.tokens <= PRODUCT_ROWS else (256, 3)
         splits = min(split_bound(bounds), shrink_splits(bounds.tokens, group), cdiv(group.inner, 256))
-        return ShrinkTiles(inner // narrow, splits, False, 4, stages)
+        return ShrinkTiles(inner // narrow, splits, False, 2 if bounds.tokens > 128 else 4, stages)
     splits = min(split_bound(bounds), cdiv(group.inner, 1024))
     return ShrinkTiles(64 // narrow, splits, len(group.features) > 1, 8, 4)
 
@@ -102,7 +102,9 @@ class ExpandTiles:
 
 def expand_tiles(bounds: LoraBounds, itemsize: int) -> ExpandTiles:
     narrow = 2 if itemsize == 4 else 1
-    return ExpandTiles(256 // narrow, 4, 2) if bounds.tile == 16 else ExpandTiles(128 // narrow, 4, 2, each=32)
+    if bounds.tile > 16:
+        return ExpandTiles(128 // narrow, 4, 2, each=32)
+    return ExpandTiles(256 // narrow, 2 if 32 < bounds.tokens <= PRODUCT_ROWS else 4, 2)
 
 
 @dataclass(frozen=True, slots=True)
