@@ -52,25 +52,26 @@ def host_times(step: Callable[[], object], repeats: int = 10) -> list[float]:
     for _ in range(2):
         step()
     synchronize()
-    return [_timed_by_host(step) for _ in range(repeats)]
+    return [timed_by_host(step) for _ in range(repeats)]
+
+
+def timed_by_host(call: Callable[[], object]) -> float:
+    """Milliseconds by the host's clock of one call and all that it launched."""
+    began = time.perf_counter()
+    call()
+    synchronize()
+    return (time.perf_counter() - began) * 1e3
 
 
 def _timed(call: Callable[[], object]) -> float:
     if not torch.cuda.is_available():
-        return _timed_by_host(call)
+        return timed_by_host(call)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     call()
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end))
-
-
-def _timed_by_host(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    synchronize()
-    return (time.perf_counter() - began) * 1e3
 
 
 def read_rate(size: int = 2**32) -> float:

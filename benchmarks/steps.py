@@ -6,7 +6,7 @@ Run by `python -m benchmarks.gpu`. Decode steps as in docs/performance.md: mean 
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.checkpoint import LLAMA_8B, TINY, write_checkpoint
-from benchmarks.device_timing import host_times, synchronize
+from benchmarks.device_timing import synchronize, timed_by_host
 from benchmarks.floors import TINY as TINY_FLOORS
 from benchmarks.floors import Floors, Sizes, card_floors, random_matrices, take_floors
 from benchmarks.gpu_cases import Bench, HostPages, random_pages
@@ -25,6 +25,7 @@ from engine.config import EngineConfig
 from engine.worker.worker import Worker
 
 PARTS = ("decode", "prefill", "lora", "load", "profile")
+LOAD_TURNS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,24 +223,21 @@ def prefill(bench: Bench, scale: Scale, report: Report, adapters: int, rank: int
 
 
 def load(bench: Bench, pages: HostPages, rank: int, report: Report) -> None:
-    """One adapter from the host to the arena, beside one pinned copy of as many bytes."""
-    times = []
-    for _ in range(6):
+    """One adapter from the host to the arena, beside one pinned copy of as many bytes, in turns."""
+    device = bench.worker.info.device
+    host = torch.empty(pages.bytes, dtype=torch.uint8, pin_memory=device.startswith("cuda"))
+    target = torch.empty_like(host, device=device)
+    copies, loads = list[float](), list[float]()
+    for _ in range(LOAD_TURNS + 2):
+        copies.append(timed_by_host(lambda: target.copy_(host, non_blocking=True)))
         began = time.perf_counter()
         chunks = bench.load(1000, pages)
-        times.append((time.perf_counter() - began) * 1e3)
+        loads.append((time.perf_counter() - began) * 1e3)
         bench.drop(1000, chunks)
-    copies = pinned_copies(pages.bytes, bench.worker.info.device)
-    plain = report.add("pinned copy of the same bytes", "ms", copies)
-    report.add(f"adapter r{rank}, host to arena", "ms", times[1:])
-    report.add(f"adapter r{rank}, host to arena: over the copy", "x", [time / plain.median for time in times[1:]])
-
-
-def pinned_copies(size: int, device: str) -> Sequence[float]:
-    """Milliseconds of copies of so many bytes from pinned host memory to the device."""
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=device.startswith("cuda"))
-    target = torch.empty_like(host, device=device)
-    return host_times(lambda: target.copy_(host, non_blocking=True), 5)
+    report.add("pinned copy of the same bytes", "ms", copies[2:])
+    report.add(f"adapter r{rank}, host to arena", "ms", loads[2:])
+    ratios = [load / copy for load, copy in zip(loads[2:], copies[2:], strict=True)]
+    report.add(f"adapter r{rank}, host to arena: over the copy", "x", ratios)
 
 
 def full(engine: EngineConfig) -> Scale:

@@ -123,13 +123,14 @@ class Packer:
 
     def _updates(self, steps: Sequence[SequenceStep]) -> Ints:
         """[blocks, UPDATE_INTS]: place in the flat block tables, chunk."""
-        found = [
-            (s.row * self._max_blocks + index, chunk)
-            for s in steps
-            if s.new_blocks
-            for index, chunk in enumerate(s.new_blocks, s.first_new_block)
-        ]
-        return np.array(found, np.int32).reshape(-1, UPDATE_INTS)
+        fresh = [s for s in steps if s.new_blocks]
+        counts = np.array([len(s.new_blocks) for s in fresh], np.int64)
+        firsts = np.array([s.row * self._max_blocks + s.first_new_block for s in fresh], np.int64)
+        total = int(counts.sum())
+        found = np.empty((total, UPDATE_INTS), np.int32)
+        found[:, 0] = np.arange(total) + np.repeat(firsts - (np.cumsum(counts) - counts), counts)
+        found[:, 1] = np.fromiter(chain.from_iterable(s.new_blocks for s in fresh), np.int32, total)
+        return found
 
 
 def no_edits() -> Ints:

@@ -30,12 +30,12 @@ class Graphs:
         self._sample = sample
         self._graphs: dict[StepShape, StepGraphs] = {}
 
-    def forward(self, shape: StepShape, eager: Callable[[], None]) -> None:
-        """eager: launches the step, where the shape has no graph."""
+    def forward(self, shape: StepShape, eager: Callable[[], None] | None = None) -> None:
+        """eager: launches the step in another way where the shape has no graph."""
         graphs = self._graphs.get(shape)
         if graphs is None:
             self.eager += 1
-            eager()
+            self._forward(shape) if eager is None else eager()
         else:
             self.replays += 1
             graphs.forward.replay()

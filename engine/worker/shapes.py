@@ -134,14 +134,17 @@ class Shapes:
         return self.make(rows, most, prefill=True, lora=lora, all_rows=all_rows, long=long)
 
     def eager(self, *, lora: bool) -> list[StepShape]:
-        """One of each kind of the steps beyond the graphs, whose kernels differ: for what is compiled at start."""
+        """Steps beyond the graphs, of every kind whose kernels differ: for what is compiled at start."""
         machine = self.machine
         rows, running = _round(machine.step_tokens, 256), _power_of_two(machine.max_running)
+        sizes = sorted({min(rows, SMALL_STEP), rows})
+        counts = [1 << i for i in range(running.bit_length())]
+        kinds = [(False, False), (True, False)] + [(True, True), (False, True)] * (machine.max_context > LONG_CONTEXT)
         return [
-            self.make(tokens, min(running, tokens), prefill=True, lora=lora, all_rows=all_rows, long=long)
-            for tokens in sorted({min(rows, SMALL_STEP), rows})
-            for all_rows in (False, True)
-            for long in ((False, True) if machine.max_context > LONG_CONTEXT else (False,))
+            self.make(tokens, min(count, tokens), prefill=True, lora=lora, all_rows=all_rows, long=long)
+            for tokens in sizes
+            for all_rows, long in kinds
+            for count in (counts if not all_rows and not long else counts[-1:])
         ]
 
     def largest(self) -> list[StepShape]:

@@ -38,6 +38,7 @@ def test_no_step_waits_for_a_kernel(
     params = SamplingParams(max_tokens=6, seed=1, temperature=0.8)
     prompts = [[5 + i % 300 for i in range(length)] for length in (700, 30, 7, 200)]
     driver.run([Request(prompt, owner, params) for prompt in prompts for owner in (None, 1)])
+    driver.run([Request(prompts[0][i : i + 20], (None, 1)[i % 2], params) for i in range(70)])  # many samples of a step
     driver.worker.close()
     figures(request.node.name, {"ahead": at_start, "later": sorted(by_launches)})
     assert at_start > 10
