@@ -1,69 +1,112 @@
 """Work in the breaks between steps: never beside one, for a while at most, and at once where there are no steps."""
 
 import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
 
-from engine.worker.breaks import Breaks
+from engine.worker.breaks import LEAST, Breaks
 
 LONG = 1000.0  # as a share: a break that a test would not outlast
 
 
-def test_work_waits_for_the_step_that_runs_and_the_next_step_for_the_work() -> None:
-    breaks, begun, parts = Breaks(LONG), threading.Event(), list[str]()
+def until(happened: Callable[[], object]) -> None:
+    while not happened():
+        time.sleep(0)
 
-    def work() -> None:
-        parts.append("first")
-        breaks.turn()
-        parts.append("second")
+
+@contextmanager
+def stepping(breaks: Breaks) -> Iterator[None]:
+    """A step of usual length, as far as the break behind it knows."""
+    breaks._usual = 1.0
+    with breaks.step():
+        yield
+
+
+def test_work_waits_for_the_step_that_runs_and_the_step_ends_behind_its_break() -> None:
+    breaks, begun, parts = Breaks(LONG), threading.Event(), list[str]()
 
     def submitted() -> None:
         begun.set()
-        breaks.work(work)
+        breaks.work(lambda: parts.append("done"))
 
     with ThreadPoolExecutor(1) as pool:
-        with breaks.step():
+        with stepping(breaks):
             job = pool.submit(submitted)
             begun.wait()
+            until(lambda: breaks._queue)
             assert not parts
-        while not breaks._working and not job.done():  # it has come as far as its first turn
-            pass
-        with breaks.step():
-            assert parts == ["first", "second"]
+        assert parts == ["done"]
+        job.result()
 
 
 def test_a_break_ends_though_work_goes_on() -> None:
-    breaks, go = Breaks(0.1), threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        with breaks.step():
-            pass
-        job = pool.submit(breaks.work, go.wait)
-        while not breaks._working:
-            pass
-        with breaks.step():
-            assert not job.done()
-        go.set()
-        assert job.result()
-
-
-def test_a_turn_in_a_step_comes_when_it_has_ended() -> None:
-    breaks, arrived, parts = Breaks(0.001), threading.Event(), list[int]()
+    breaks, go, begun = Breaks(0.01), threading.Event(), threading.Event()
 
     def work() -> None:
-        for part in range(3):
-            breaks.turn()
-            parts.append(part)
-            if not part:
-                arrived.set()
+        begun.set()
+        go.wait()
 
     with ThreadPoolExecutor(1) as pool:
-        with breaks.step():
+        with stepping(breaks):
             job = pool.submit(breaks.work, work)
-            assert not arrived.wait(0.02)
+            until(lambda: breaks._queue)
+        assert begun.is_set()
+        with stepping(breaks):
+            assert not job.done()
+        go.set()
         job.result()
-    assert parts == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "length"), [(1.0, 0.2), (1.05, 0.15), (0.5, 0.2), (1.01 + 0.2 * LEAST, None), (5.0, None)]
+)
+def test_a_break_is_shorter_by_what_its_step_took_longer_than_usual(seconds: float, length: float | None) -> None:
+    breaks, waited = Breaks(0.2), list[float]()
+
+    def noted(predicate: Callable[[], bool], timeout: float) -> bool:
+        waited.append(timeout)
+        return predicate()
+
+    breaks._working, breaks._usual = 1, 1.0
+    breaks._changed.wait_for = noted  # type: ignore[assignment,method-assign]
+    with breaks._changed:
+        breaks._rest(seconds)
+    assert waited[:1] == ([] if length is None else [pytest.approx(length, abs=0.01)])  # what is usual has moved
+
+
+def test_what_is_usual_follows_the_steps() -> None:
+    breaks = Breaks(0.2)
+    for seconds in [1.0] + [2.0] * 100:
+        with breaks._changed:
+            breaks._rest(seconds)
+    assert breaks._usual == pytest.approx(2.0, abs=0.01)
+
+
+def test_work_between_two_steps_waits_for_a_break() -> None:
+    breaks, parts = Breaks(LONG), list[int]()
+    with ThreadPoolExecutor(1) as pool:
+        with breaks.step():
+            pass
+        breaks._idle = time.perf_counter() + 1e6  # another step follows
+        job = pool.submit(breaks.work, partial(parts.append, 1))
+        until(lambda: breaks._queue)
+        assert not parts
+        with stepping(breaks):
+            assert not parts
+        job.result()
+    assert parts == [1]
+
+
+def test_work_goes_on_where_no_step_follows() -> None:
+    breaks = Breaks(LONG)
+    with breaks.step():
+        pass
+    assert breaks.work(lambda: 1) == 1
 
 
 def test_work_goes_on_behind_a_step_that_fails() -> None:
@@ -90,29 +133,26 @@ def test_without_a_share_nobody_waits() -> None:
 
 
 def test_a_break_is_one_jobs_and_the_next_anothers() -> None:
-    breaks, order = Breaks(1e6 * LONG), list[int]()
+    breaks, order = Breaks(0.5), list[int]()
 
     def work(name: int) -> None:
-        order.append(name)
-        while not breaks._due:  # the next step waits
-            pass
-        breaks.turn()
-        order.append(name)
-
-    def step_after(parts: int) -> None:
-        while len(order) != parts:
-            pass
-        breaks._until = 0.0  # the break is over
-        with breaks.step():
-            assert len(order) == parts
+        for _ in range(2):
+            order.append(name)
+            until(lambda: time.perf_counter() >= breaks._until)  # the break is over
+            breaks.turn()
 
     with ThreadPoolExecutor(2) as pool:
         with breaks.step():
             jobs = [pool.submit(breaks.work, partial(work, name)) for name in range(2)]
-            while len(breaks._queue) != 2:
-                pass
-        step_after(1)
-        step_after(2)
+            until(lambda: len(breaks._queue) == 2)
+            breaks._usual = 0.1
+        for parts in (1, 2, 3):
+            breaks._idle = time.perf_counter() + 1e6  # another step follows
+            with breaks.step():
+                breaks._usual = 0.1
+                until(lambda: len(breaks._queue) == breaks._working)
+                assert len(order) == parts
+        breaks._idle = 0.0
         for job in jobs:
             job.result()
     first, second = order[:2]
