@@ -70,8 +70,10 @@ def read_adapter(
             turn()
 
         body = read_body(stream, header, seen, pages or ReusedPages())
-    pairs = {key: LoraPair(tensor_of(body, a), tensor_of(body, b)) for key, (a, b) in binding.pairs.items()}
-    turn()
+    pairs = dict[tuple[int, int], LoraPair]()
+    for key, (a, b) in binding.pairs.items():
+        pairs[key] = LoraPair(tensor_of(body, a), tensor_of(body, b))
+        turn()
     _check_finite(pairs, binding, body, turn)
     spec = AdapterSpec(modules, digest.hexdigest(), len(config) + size)
     return AdapterFile(spec, pairs)
