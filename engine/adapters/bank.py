@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.adapters.merged import PieceViews, merge
+from engine.adapters.pages import touch_heap
 from engine.layers.lora import AdapterSet
 from engine.layers.packing import Packer
 from engine.models.dims import LORA_MODULES, ModelDims
@@ -19,6 +20,7 @@ from engine.plan import AdapterLoad
 from engine.worker.background import BackgroundThread
 from engine.worker.breaks import Breaks
 
+STEP_BYTES = 4 << 20  # of a step's tensors, about: logits above all
 Done = Callable[[int, BaseException | None], None]
 
 
@@ -124,6 +126,7 @@ class AdapterBank:
             views = self._views(load.chunks, adapter.layout.places)
             with self._lock:
                 self._resident[load.adapter_id] = views
+            touch_heap(len(load.chunks) * rows[0].nbytes + STEP_BYTES, self._breaks.turn)
             self._keep(load.adapter_id, views, self._merge({load.adapter_id: views}))
         except Exception as error:  # told to whoever asked for the load
             return error
@@ -166,6 +169,7 @@ class AdapterBank:
         for place in sorted(places, key=lambda p: (p.layer, p.module, p.rank_block, p.side)):
             key = (place.layer, place.module, place.rank_block)
             blocks.setdefault(key, []).append(self._view(chunks[place.chunk], place))
+            self._breaks.turn()
         views: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         for (layer, module, _), (a, b) in blocks.items():
             views.setdefault((layer, module), []).append((a, b))

@@ -8,6 +8,7 @@ import contextlib
 import mmap
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 
 KEPT = 3  # memories that wait for the next file: of one for each thread that reads, and one between two threads
 KEPT_BYTES = 64 << 20  # the largest that is kept
+SMALL_PAGE = 4 << 10  # bytes
+HEAP_PART = 1 << 20  # bytes that are touched at once: no more than one huge page, which takes up to 5 ms
+LARGEST_IN_HEAP = 31 << 20  # bytes: what is larger malloc takes from the system
 
 
 def fresh_pages(size: int) -> Tensor:
@@ -30,6 +34,17 @@ def fresh_pages(size: int) -> Tensor:
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def touch_heap(size: int, turn: Callable[[], None]) -> None:
+    """Touches so much of malloc's free memory, where what is allocated next will lie; calls `turn` between parts.
+
+    Otherwise a step would: its tensors lie behind all that is kept. A part is given back at once, so that a step
+    between two of them finds its own memory where it was.
+    """
+    for end in range(HEAP_PART, size + HEAP_PART, HEAP_PART):
+        torch.empty(min(end, LARGEST_IN_HEAP), dtype=torch.uint8)[::SMALL_PAGE].zero_()
+        turn()
 
 
 class ReusedPages:

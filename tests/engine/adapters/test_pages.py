@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.adapters.pages import KEPT, KEPT_BYTES, ReusedPages, fresh_pages
+from engine.adapters.pages import HEAP_PART, KEPT, KEPT_BYTES, ReusedPages, fresh_pages, touch_heap
 
 
 @pytest.mark.parametrize("size", [0, 1, 4097, 5 << 20])
@@ -62,3 +62,10 @@ def test_little_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         pages.take(KEPT_BYTES + 1)
     assert given[-2:] == [KEPT_BYTES + 1] * 2
+
+
+@pytest.mark.parametrize(("size", "turns"), [(0, 0), (1, 1), (HEAP_PART, 1), (5 * HEAP_PART + 1, 6), (40 << 20, 40)])
+def test_the_heap_is_touched_in_parts(size: int, turns: int) -> None:
+    taken = list[None]()
+    touch_heap(size, lambda: taken.append(None))
+    assert len(taken) == turns
