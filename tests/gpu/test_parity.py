@@ -5,12 +5,13 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.models.overlap import OFF, Overlap
+from engine.models.overlap import NEVER, OFF, Overlap
 from engine.types import SamplingParams
 from engine.worker.worker import Worker
 from tests.engine.worker.harness import Driver, Request, make_pages, random_weights
@@ -71,12 +72,13 @@ def forced(
     longest: int = 90,
     tokens: int = TOKENS,
     prompt_logprobs: int | None = 0,
+    shortest: int = 2,
 ) -> list[Request]:
     """Requests whose answer is the reference's."""
     draw = random.Random(len(owners))
     requests = []
     for owner in owners:
-        prompt = [draw.randrange(3, 480) for _ in range(draw.randint(2, longest))]
+        prompt = [draw.randrange(3, 480) for _ in range(draw.randint(shortest, longest))]
         params = SamplingParams(max_tokens=tokens, seed=0, temperature=0.0, logprobs=1, prompt_logprobs=prompt_logprobs)
         requests.append(Request(prompt, owner, params, force=exact.greedy(prompt, owner, tokens)))
     return requests
@@ -145,6 +147,21 @@ def test_last_rows(crowd: Case, graphs: bool, figures: Figures, request: pytest.
     driver.worker.close()
     assert_right(judgement)
     assert any(shape.last_rows for shape in runner._tensors)
+
+
+@pytest.mark.parametrize("onto", [Overlap().onto, NEVER], ids=["onto", "beside"])
+def test_large_steps(crowd: Case, onto: int, figures: Figures, request: pytest.FixtureRequest) -> None:
+    """A step of some 1,900 tokens, most with adapters: products are added onto the deltas, or these are beside."""
+    driver = crowd.driver(max_loras_per_batch=64)
+    runner: Any = driver.worker._runner
+    runner._decoder.overlap(Overlap(onto=onto))
+    adds = runner._decoder._add_onto = Mock(wraps=runner._decoder._add_onto)
+    requests = forced([None, *range(1, 12)], crowd.exact, 165, 4, prompt_logprobs=None, shortest=155)
+    judgement = judge(driver.run(requests), crowd.exact, crowd.peer)
+    figures(request.node.name, dataclasses.asdict(judgement))
+    driver.worker.close()
+    assert_right(judgement)
+    assert adds.called == (onto != NEVER)
 
 
 def test_top_of_a_large_arena(crowd: Case, figures: Figures) -> None:
