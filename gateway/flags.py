@@ -204,7 +204,7 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
     add("--cuda-graph-max-bs", type=positive, help="largest batch with a graph (default: --max-running-requests)")
     add(
         "--compile-threads", type=natural, metavar="N",
-        help="threads that compile kernels at start (default: the cores, at most 16); 0: each at its first launch",
+        help="GPU: threads that compile kernels at start (default: the cores, at most 16); 0: each at its first launch",
     )  # fmt: skip
     add("--threads", type=positive, help="CPU threads of a step (default: the cores at hand)")
 

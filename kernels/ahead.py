@@ -1,7 +1,7 @@
 """Kernels compiled several at a time, before the first step needs them.
 
-Triton compiles a kernel at its first launch, half a second for each of some fifty. Here launches tell which are needed,
-and threads compile them: Triton's compiler leaves the interpreter to others for most of its work.
+Triton compiles a kernel at its first launch, half a second for each of some eighty. Here launches tell which are
+needed, and threads compile them: Triton's compiler leaves the interpreter to others for most of its work.
 """
 
 import contextlib
@@ -20,11 +20,8 @@ Told = Callable[[int, int], None]  # (kernels compiled, kernels asked for)
 def compiling_ahead(threads: int, told: Told) -> Iterator[None]:
     """Launches inside do nothing where their kernel is not compiled yet; at the end all of these kernels are.
 
-    A kernel that does not compile is left to the launch that needs it, which says why. 0 threads: nothing is different.
+    A kernel that does not compile is left to the launch that needs it, which says why.
     """
-    if not threads:
-        yield
-        return
     asked: dict[tuple[str, str, str], Future[object]] = {}
     with ThreadPoolExecutor(threads, "compiler", torch.cuda.set_device, (torch.cuda.current_device(),)) as pool:
 
@@ -41,6 +38,10 @@ def compiling_ahead(threads: int, told: Told) -> Iterator[None]:
 
         with knobs.runtime.scope():
             knobs.runtime.jit_cache_hook = ask
-            yield
+            try:
+                yield
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
             for done, _ in enumerate(as_completed(asked.values()), 1):
                 told(done, len(asked))

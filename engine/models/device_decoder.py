@@ -1,8 +1,9 @@
 """The decoder on the device: every family's layers as a sequence of launches over buffers that never move.
 
 The runner calls it eagerly or captures it. LoRA's deltas are computed beside the base products and added by the op that
-follows each anyway. Behind the last layer's attention a step of prompts goes on with the sampled rows alone, since
-nobody reads the others. The caller fills the step's lists before; nothing here depends on them but through the device.
+follows each anyway; in large eager steps they come first, and the products add to them. Behind the last layer's
+attention a step of prompts goes on with the sampled rows alone, since nobody reads the others. The caller fills the
+step's lists before; nothing here depends on them but through the device.
 """
 
 from collections.abc import Collection
@@ -238,7 +239,7 @@ class DeviceDecoder:
         are known to have adapters, the delta is computed first and the product added onto it.
         """
         rows = x.shape[0]
-        if lora is not None and lora.known is not None and rows > self._overlap.onto:
+        if lora is not None and lora.known is not None and self._overlap.large(rows):
             known = lora.known[group.index]
             if self._overlap.adds_onto(rows, known) and linear.bias is None:
                 self._add_onto(index, group, linear, x, out, lora, known)

@@ -1,4 +1,5 @@
-"""What small steps do to keep memory busy: launches that do not wait in line, products that fetch their weights ahead.
+"""What small steps do to keep memory busy (launches that do not wait in line, products that fetch their weights ahead)
+and large ones to read less (products added onto LoRA's deltas).
 
 Used by the device decoder; what each is worth is in docs/performance.md.
 """
@@ -35,11 +36,15 @@ class Overlap:
     def dependent(self, tokens: int) -> bool:
         return self.pdl and tokens <= PDL_TOKENS
 
+    def large(self, tokens: int) -> bool:
+        """Whether it counts which groups of a step's modules have adapters; its products are the library's."""
+        return tokens > max(self.onto, 2 * self.products)
+
     def adds_onto(self, tokens: int, rows: int) -> bool:
         """rows: of the tokens, those with an adapter. The product reads the delta while it computes; writing zeros for
         the others must not cost more than that saves.
         """
-        return tokens > self.onto and 2 * rows >= tokens
+        return self.large(tokens) and 2 * rows >= tokens
 
 
 NEVER = 1 << 30

@@ -52,7 +52,7 @@ class Setting:
     @property
     def compile_threads(self) -> int:
         threads = self.config.compile_threads
-        return min(MOST_COMPILE_THREADS, os.cpu_count() or 1) if threads is None else threads
+        return min(MOST_COMPILE_THREADS, len(os.sched_getaffinity(0))) if threads is None else threads
 
 
 @torch.inference_mode()

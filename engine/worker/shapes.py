@@ -134,7 +134,10 @@ class Shapes:
         return self.make(rows, most, prefill=True, lora=lora, all_rows=all_rows, long=long)
 
     def eager(self, *, lora: bool) -> list[StepShape]:
-        """Steps beyond the graphs, of every kind whose kernels differ: for what is compiled at start."""
+        """Steps beyond the graphs, of every kind whose kernels differ: for what is compiled at start.
+
+        The number of samples decides what runs behind the last layer's attention, however many tokens there are.
+        """
         machine = self.machine
         rows, running = _round(machine.step_tokens, 256), _power_of_two(machine.max_running)
         sizes = sorted({min(rows, SMALL_STEP), rows})
@@ -144,7 +147,7 @@ class Shapes:
             self.make(tokens, min(count, tokens), prefill=True, lora=lora, all_rows=all_rows, long=long)
             for tokens in sizes
             for all_rows, long in kinds
-            for count in (counts if not all_rows and not long else counts[-1:])
+            for count in (counts if tokens == sizes[0] and not (all_rows or long) else counts[-1:])
         ]
 
     def largest(self) -> list[StepShape]:

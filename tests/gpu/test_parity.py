@@ -151,12 +151,12 @@ def test_last_rows(crowd: Case, graphs: bool, figures: Figures, request: pytest.
 
 @pytest.mark.parametrize("onto", [Overlap().onto, NEVER], ids=["onto", "beside"])
 def test_large_steps(crowd: Case, onto: int, figures: Figures, request: pytest.FixtureRequest) -> None:
-    """A step of some 1,900 tokens, most with adapters: products are added onto the deltas, or these are beside."""
-    driver = crowd.driver(max_loras_per_batch=64)
+    """A step of some 2,500 tokens, most with adapters: products are added onto the deltas, or these are beside."""
+    driver = crowd.driver(max_loras_per_batch=64, chunked_prefill_size=4096)
     runner: Any = driver.worker._runner
     runner._decoder.overlap(Overlap(onto=onto))
     adds = runner._decoder._add_onto = Mock(wraps=runner._decoder._add_onto)
-    requests = forced([None, *range(1, 12)], crowd.exact, 165, 4, prompt_logprobs=None, shortest=155)
+    requests = forced([None, *range(1, 12)], crowd.exact, 215, 4, prompt_logprobs=None, shortest=205)
     judgement = judge(driver.run(requests), crowd.exact, crowd.peer)
     figures(request.node.name, dataclasses.asdict(judgement))
     driver.worker.close()

@@ -1,6 +1,7 @@
 """Kernels compiled ahead: launches are left out, each kernel is compiled once, failures wait for the launch."""
 
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +59,24 @@ def test_a_kernel_that_does_not_compile_is_left_to_its_launch() -> None:
     assert good.compiled
 
 
-def test_without_threads_nothing_is_asked() -> None:
-    with compiling_ahead(0, lambda *_: None):
-        assert knobs.runtime.jit_cache_hook is None
+def test_an_error_does_not_wait_for_what_was_asked() -> None:
+    kernels = [Kernel(str(i)) for i in range(50)]
+    began = threading.Event()
+
+    def slow(data: str) -> None:
+        began.set()
+        time.sleep(0.05)
+
+    kernels[0].preload = slow  # type: ignore[method-assign]
+
+    def fail() -> None:
+        with compiling_ahead(1, lambda *_: None):
+            for kernel in kernels:
+                ask(kernel, "a")
+            began.wait()
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fail()
+    assert not any(kernel.compiled for kernel in kernels)
+    assert knobs.runtime.jit_cache_hook is None

@@ -1,9 +1,12 @@
 """Shrink and expand against the dense reference: merged modules, real ranks, missing modules, stale tails."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kernels import reference
+from kernels.launch import shrink_tiles
 from kernels.lora_expand import lora_expand
 from kernels.lora_gather import lora_gather
 from kernels.lora_meta import LoraBounds, LoraGroup
@@ -49,10 +52,9 @@ def mixed_ranks() -> torch.Tensor:
 
 
 def run(
-    adapters: Adapters, step: LoraStep, x: torch.Tensor, y: torch.Tensor, merged: str, *, add: bool
+    adapters: Adapters, step: LoraStep, x: torch.Tensor, y: torch.Tensor, group: LoraGroup, *, add: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(what the kernels left in y, what the reference leaves)."""
-    group = GROUPS[merged]
     wanted = y.double() if add else torch.where((step.slots >= 0)[:, None], 0.0, y.double())
     for module, part in enumerate(torch.split(wanted, list(group.features), 1), group.first):
         args = (adapters.arena, adapters.pieces, adapters.ranks, step.slots, LAYER, module)
@@ -79,12 +81,30 @@ def test_delta(merged: str, tile: int, groups: list[tuple[int, int]], dtype: tor
     x = torch.randn(43, GROUPS[merged].inner, device=device).to(dtype)
     y = torch.full((43, sum(GROUPS[merged].features)), 7.0, dtype=dtype, device=device)
     y[: step.rows] = float("nan")
-    out, wanted = run(adapters, step, x, y, merged, add=False)
+    out, wanted = run(adapters, step, x, y, GROUPS[merged], add=False)
     rows = int(step.meta.rows(GROUPS[merged]))
     assert_close(out[:rows], wanted[:rows])
     assert out[rows : step.rows].isnan().all()
     assert (out[step.rows :] == 7.0).all()
     assert not wanted[rows : step.rows].any()
+
+
+@pytest.mark.parametrize("merged", ["qkv", "down"])
+def test_large_items_in_parts_of_the_inner_dimension(merged: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Long inputs, whose length is no multiple of a tile's."""
+    torch.manual_seed(7)
+    group = replace(GROUPS[merged], inner=2056)
+    bounds = LoraBounds(43, 128, 5, 7)
+    assert shrink_tiles(bounds, group, dtype.itemsize).splits == 2
+    members = range(group.first, group.first + len(group.features))
+    shapes = tuple((2056 if i in members else inner, out) for i, (inner, out) in enumerate(SHAPES))
+    adapters = make_adapters(mixed_ranks(), shapes, 7, dtype, device, 0.05)
+    step = make_lora_step(bounds, adapters, BATCHES[0])
+    lora_gather(step.meta, adapters.pieces, adapters.ranks)
+    x = torch.randn(43, 2056, device=device).to(dtype)
+    y = torch.zeros(43, sum(group.features), dtype=dtype, device=device)
+    out, wanted = run(adapters, step, x, y, group, add=False)
+    assert_close(out, wanted)
 
 
 @pytest.mark.parametrize("merged", ["qkv", "down"])
@@ -96,7 +116,7 @@ def test_added_to_the_base_product(merged: str, dtype: torch.dtype, device: torc
     x = torch.randn(40, GROUPS[merged].inner, device=device).to(dtype)
     width = sum(GROUPS[merged].features)
     y = torch.randn(40, width + 8, device=device).to(dtype)[:, :width]  # rows of a wider buffer
-    out, wanted = run(adapters, step, x, y, merged, add=True)
+    out, wanted = run(adapters, step, x, y, GROUPS[merged], add=True)
     assert_close(out, wanted)
 
 
@@ -109,7 +129,7 @@ def test_ranks(rank: int, dtype: torch.dtype, device: torch.device) -> None:
     lora_gather(step.meta, adapters.pieces, adapters.ranks)
     x = torch.randn(4, HIDDEN, device=device).to(dtype)
     y = torch.full((4, 2 * INNER), float("nan"), dtype=dtype, device=device)
-    out, wanted = run(adapters, step, x, y, "gate_up", add=False)
+    out, wanted = run(adapters, step, x, y, GROUPS["gate_up"], add=False)
     assert_close(out[:3], wanted[:3])
 
 
@@ -128,7 +148,7 @@ def test_next_step_in_the_same_bucket_meets_no_stale_tail(device: torch.device) 
     step.meta.work.copy_(after.meta.work)
     lora_gather(step.meta, adapters.pieces, adapters.ranks)
     y = torch.full((43, QUERY + 2 * KEY), 7.0, device=device)
-    out, wanted = run(adapters, LoraStep(step.meta, after.slots, after.rows), x, y, "qkv", add=False)
+    out, wanted = run(adapters, LoraStep(step.meta, after.slots, after.rows), x, y, GROUPS["qkv"], add=False)
     assert_close(out, wanted)
 
 
@@ -187,6 +207,6 @@ def test_a_captured_graph_follows_the_metadata(device: torch.device) -> None:
     after = make_lora_step(bounds, adapters, [(2, 3), (4, 20)])
     fresh = torch.full_like(y, 7.0)
     lora_gather(after.meta, adapters.pieces, adapters.ranks)
-    fresh, wanted = run(adapters, after, x, fresh, "qkv", add=False)
+    fresh, wanted = run(adapters, after, x, fresh, GROUPS["qkv"], add=False)
     assert torch.equal(y, fresh)
     assert_close(y, wanted)

@@ -1,5 +1,6 @@
 """Static shapes of steps: the ladder of graphs, the choice of the smallest that holds a step, its lists' sizes."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -37,6 +38,22 @@ def test_every_graph_is_chosen_by_the_steps_that_it_holds() -> None:
                 assert shapes.choose(shape.tokens, 1, lora=lora) is shape
             else:
                 assert shapes.choose(shape.tokens, shape.tokens, lora=lora) is shape
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_is_compiled_ahead_stands_for_every_eager_step(lora: bool) -> None:
+    """Samples by powers of two, all rows, long contexts; small and large items of LoRA."""
+    shapes = Shapes(machine(max_context=2 * LONG_CONTEXT, step_tokens=8192), 64)
+    ahead = shapes.eager(lora=lora)
+    kinds = {(s.lora_bounds.tile, s.last_rows, s.long) for s in ahead}
+    samples = {s.sequences for s in ahead if s.last_rows}
+    for tokens, sequences, all_rows, context in itertools.product(
+        (1025, 2048, 2049, 8192), (1, 2, 33, 64, 200, 256), (False, True), (100, LONG_CONTEXT + 1)
+    ):
+        shape = shapes.choose(tokens, sequences, lora=lora, all_rows=all_rows, context=context)
+        assert (shape.lora_bounds.tile, shape.last_rows, shape.long) in kinds
+        assert not shape.last_rows or shape.sequences in samples
+    assert len(ahead) < 20
 
 
 @pytest.mark.parametrize("limit", [1, 5, 16, 100, 256])
