@@ -18,20 +18,21 @@ from engine.layers.touched import TouchedMemory
 from engine.models.dims import ModelDims
 from engine.worker.batch import Span
 
-PLENTY = 0.75  # of the limit: as long as lanes take no more, a new one has places for all that may come
+PLENTY = 0.9  # of the limit: as long as lanes take no more, a new one has places for all that may come
+SMALL = 32 << 20  # bytes of a lane that may grow: its members are copied, which a step waits for
 
 
 class Lane:
-    """The members of one capacity, densely packed in its first places.
+    """Members of one capacity, densely packed in its first places.
 
-    There are as many places as were needed at once, rounded up to a power of two; members move when more come. Its
-    memory is lent by `memory` where that has as much in one piece: fresh memory would hold a step up.
+    Its memory is lent by `memory` where that has as much in one piece: fresh memory would hold a step up.
     """
 
-    def __init__(self, arena_kv: Tensor, capacity_blocks: int, most: int, memory: TouchedMemory) -> None:
+    def __init__(self, arena_kv: Tensor, capacity_blocks: int, memory: TouchedMemory) -> None:
         _, self._layers, _, self._heads, self._block, self._dim = arena_kv.shape
         self._arena = as_bytes(arena_kv.flatten(4))  # [chunks, layers, 2, kv_heads, bytes of a page]
-        self._blocks, self._most, self._memory = capacity_blocks, most, memory
+        self._memory = memory
+        self.blocks = capacity_blocks
         self.capacity = capacity_blocks * self._block  # tokens
         self.members: list[int] = []  # sequence ids
         self._lengths: dict[int, int] = {}  # sequence id -> tokens that are up to date
@@ -49,17 +50,14 @@ class Lane:
     def holds(self, sequence_id: int) -> bool:
         return sequence_id in self._lengths
 
-    def nbytes_for(self, members: int) -> int:
-        """Memory taken once so many members have been there."""
-        place = self._layers * 2 * self._heads * self.capacity * self._dim * self._kv.element_size()
-        return place * max(self._rounded(members), self.places)
+    def nbytes_for(self, places: int) -> int:
+        """Memory that so many places take."""
+        return self._layers * 2 * places * self._heads * self.capacity * self._dim * self._kv.element_size()
 
-    def reserve(self, members: int, *, lent: bool) -> bool:
-        """Whether there are places for so many now, in memory that is `lent` or any; who is there keeps its place."""
-        if members > self._most:
-            return False
-        if members > self.places:
-            before, shape = self._kv, (self._layers, 2, self._rounded(members), self._heads, self.capacity, self._dim)
+    def reserve(self, places: int, *, lent: bool) -> bool:
+        """Whether there are so many now, in memory that is `lent` or any; who is there keeps its place."""
+        if places > self.places:
+            before, shape = self._kv, (self._layers, 2, places, self._heads, self.capacity, self._dim)
             after = self._lent(shape) if lent else self._fresh(shape)
             if after is None:
                 return False
@@ -114,13 +112,10 @@ class Lane:
         except RuntimeError:  # there is none
             return None
 
-    def _rounded(self, members: int) -> int:
-        return min(1 << max(0, members - 1).bit_length(), self._most)
-
     def _pages(self, kv: Tensor | None = None) -> NDArray[np.uint8]:
         """[layers, 2, places, kv_heads, blocks, bytes of a page]: for small slices NumPy is 100 times as fast."""
         kv = self._kv if kv is None else kv
-        return as_bytes(kv.view(*kv.shape[:4], self._blocks, self._block * self._dim))
+        return as_bytes(kv.view(*kv.shape[:4], self.blocks, self._block * self._dim))
 
     def _repack(self, kept: set[int], new: Sequence[int], count: int) -> None:
         """Those that stay keep their places as far as they lie within the count; the rest fill the gaps."""
@@ -165,65 +160,93 @@ class LaneGroup:
 
 
 class KvMirror:
-    """Lanes by capacity, within a limit of bytes. Sequences beyond it are read from the arena instead."""
+    """Lanes by capacity, within a limit of bytes. Sequences beyond it are read from the arena instead.
+
+    A capacity has one lane with places for all that are in the step, where memory is plenty: they may follow. Where it
+    is not, it has several, none of which grows once it is large: members that move to longer lanes leave them one by
+    one, and a lane that nobody is in makes room for the next.
+    """
 
     def __init__(self, arena: Tensor, dims: ModelDims, block_tokens: int, limit_bytes: int) -> None:
         shape = (-1, dims.layers, 2, dims.kv_heads, block_tokens, dims.head_dim)
         self._arena_kv = arena.view(shape)
-        self._chunk_bytes = arena[0].nbytes
         self._limit = limit_bytes
         self._memory = TouchedMemory(limit_bytes)
-        self._lanes: dict[int, Lane] = {}  # by capacity in blocks, least recently used first
+        self._lanes: list[Lane] = []  # least recently used first
+        self._idle: list[Lane] = []  # of them, those that nobody in the step is in; the next to make room first
 
     def holds(self, blocks: int, sequence_id: int) -> bool:
-        """Whether the lane of this capacity has the sequence as a member."""
-        lane = self._lanes.get(blocks)
-        return lane is not None and lane.holds(sequence_id)
+        """Whether a lane of this capacity has the sequence as a member."""
+        return any(lane.blocks == blocks and lane.holds(sequence_id) for lane in self._lanes)
 
     def update(
         self, by_blocks: Mapping[int, Sequence[Span]], block_table: NDArray[np.int64]
     ) -> tuple[list[LaneGroup], dict[int, Sequence[Span]]]:
         """Takes the step's single tokens by capacity; returns (lanes ready to be read, spans there is no room for)."""
         groups, rest = list[LaneGroup](), dict[int, Sequence[Span]]()
+        everybody = [span.sequence_id for spans in by_blocks.values() for span in spans]
+        stay = [lane for lane in self._lanes if any(lane.holds(s.sequence_id) for s in by_blocks.get(lane.blocks, ()))]
+        self._idle = [lane for lane in self._lanes if lane not in stay]
+        self._idle.sort(key=lambda lane: any(map(lane.holds, everybody)))  # they are copied from: last
         for blocks in sorted(by_blocks, reverse=True):  # who moves to a longer lane still is in the shorter
-            spans = by_blocks[blocks]
-            lane = self._lane(blocks, len(spans), by_blocks)
-            if lane is None:
-                rest[blocks] = spans
-                continue
-            by_id = {span.sequence_id: span for span in spans}
-            lane.update(by_id, block_table, [other for other in self._lanes.values() if other is not lane])
-            groups.append(LaneGroup(lane, tuple(by_id[i] for i in lane.members)))
+            placed, left = self._place(blocks, by_blocks[blocks], len(everybody))
+            for lane, spans in placed:
+                by_id = {span.sequence_id: span for span in spans}
+                lane.update(by_id, block_table, [other for other in self._lanes if other is not lane])
+                groups.append(LaneGroup(lane, tuple(by_id[i] for i in lane.members)))
+            if left:
+                rest[blocks] = left
+        used = [group.lane for group in groups]
+        self._lanes = [lane for lane in self._lanes if lane not in used] + used
         return groups, rest
 
-    def _lane(self, blocks: int, members: int, wanted: Mapping[int, Sequence[Span]]) -> Lane | None:
-        """The lane of a capacity with room for its members, or None. Lanes that this step does not want make room.
+    def _place(
+        self, blocks: int, spans: Sequence[Span], everybody: int
+    ) -> tuple[list[tuple[Lane, list[Span]]], list[Span]]:
+        """(lanes of the capacity with those whom each takes, spans there is no room for)."""
+        placed, waiting = list[tuple[Lane, list[Span]]](), list(spans)
+        for lane in (lane for lane in self._lanes if lane.blocks == blocks and lane not in self._idle):
+            members = [span for span in waiting if lane.holds(span.sequence_id)]
+            waiting = [span for span in waiting if span not in members]
+            placed.append((lane, members))
+        for lane, members in placed:
+            wanted = min(len(members) + len(waiting), everybody)
+            if wanted > lane.places and lane.nbytes <= SMALL:
+                self._grow(lane, wanted, everybody)
+            free = lane.places - len(members)
+            members += waiting[:free]
+            waiting = waiting[free:]
+        while waiting and (made := self._another(blocks, len(waiting), everybody - len(spans) + len(waiting))):
+            placed.append((made, waiting[: made.places]))
+            waiting = waiting[made.places :]
+        return placed, waiting
 
-        Where memory is plenty it has room for all that are in the step: they may follow, and to grow is to copy.
-        """
-        lane = self._lanes.pop(blocks, None)
-        if lane is None:
-            lane = Lane(self._arena_kv, blocks, self._limit // (blocks * self._chunk_bytes), self._memory)
-        everybody, idle = sum(map(len, wanted.values())), [b for b in self._lanes if b not in wanted]
-        if members > lane.places:
-            self._reserve(lane, everybody, idle, PLENTY)
-        if not self._reserve(lane, members, idle, 1.0) and not self._take(lane, members):
-            lane.release()
+    def _grow(self, lane: Lane, members: int, everybody: int) -> None:
+        """To places for all that are in the step, or for those who are there."""
+        if not self._reserve(lane, everybody, PLENTY):
+            self._reserve(lane, members, 1.0)
+
+    def _another(self, blocks: int, members: int, everybody: int) -> Lane | None:
+        """One more lane, with places for as many of those who may come as there is memory for; None: there is none."""
+        lane, places = Lane(self._arena_kv, blocks, self._memory), everybody
+        while places and not self._reserve(lane, places, PLENTY if places > members else 1.0):
+            places //= 2
+        if not places and not (self._fits(lane, members) and lane.reserve(members, lent=False)):
             return None
-        self._lanes[blocks] = lane
+        self._lanes.append(lane)
         return lane
 
-    def _reserve(self, lane: Lane, members: int, idle: list[int], share: float) -> bool:
-        """Whether the lane has lent memory for so many now; lanes that are idle are given up for it, oldest first."""
-        while not (self._fits(lane, members, share) and lane.reserve(members, lent=True)):
-            if not idle:
+    def _reserve(self, lane: Lane, places: int, share: float) -> bool:
+        """Whether the lane has lent memory for so many now; lanes that are idle are given up for it."""
+        while not (self._fits(lane, places, share) and lane.reserve(places, lent=True)):
+            if not self._idle:
                 return False
-            self._lanes.pop(idle.pop(0)).release()
+            idle = self._idle.pop(0)
+            self._lanes.remove(idle)
+            idle.release()
         return True
 
-    def _take(self, lane: Lane, members: int) -> bool:
-        return self._fits(lane, members) and lane.reserve(members, lent=False)
-
-    def _fits(self, lane: Lane, members: int, share: float = 1.0) -> bool:
-        """Whether the lane with so many members keeps to a share of the limit beside the others."""
-        return sum(other.nbytes for other in self._lanes.values()) + lane.nbytes_for(members) <= share * self._limit
+    def _fits(self, lane: Lane, places: int, share: float = 1.0) -> bool:
+        """Whether the lane with so many places keeps to a share of the limit beside the others."""
+        others = sum(other.nbytes for other in self._lanes if other is not lane)
+        return others + lane.nbytes_for(places) <= share * self._limit

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.geometry import make_geometry
+from engine.layers import mirror
 from engine.layers.attention import TorchAttention, bucket
 from engine.layers.device_rotary import rotary_table
 from engine.layers.linear import cpu_has_bfloat16
@@ -156,6 +158,19 @@ def test_who_began_together_moves_one_after_the_other_to_the_same_bits(count: in
     assert sum(came) == 2 * count
     assert max(jumped[1:]) == count
     assert all(torch.equal(e, g) and torch.equal(e, g_) for e, g, g_ in zip(early, late, gathered, strict=True))
+
+
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="the CPU does not multiply bfloat16 natively")
+@pytest.mark.parametrize("mirror_bytes", [450_000, 900_000])
+@torch.inference_mode()
+def test_in_little_memory_several_lanes_give_the_same_bits(mirror_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "SMALL", 0)
+    bench = Bench(torch.bfloat16, mirror_bytes)
+    makes = Mock(wraps=bench.attention._mirror._another)
+    monkeypatch.setattr(bench.attention._mirror, "_another", makes)
+    (found, _), (gathered, _) = grow(bench, 9, 30), grow(Bench(torch.bfloat16, 0), 9, 30)
+    assert makes.call_count > 3
+    assert all(torch.equal(f, g) for f, g in zip(found, gathered, strict=True))
 
 
 @torch.inference_mode()
