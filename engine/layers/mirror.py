@@ -19,7 +19,7 @@ from engine.models.dims import ModelDims
 from engine.worker.batch import Span
 
 PLENTY = 0.9  # of the limit: as long as lanes take no more, a new one has places for all that may come
-SMALL = 32 << 20  # bytes of a lane that may grow: its members are copied, which a step waits for
+SMALL = 64 << 20  # bytes of a lane that may grow: its members are copied, which a step waits for
 
 
 class Lane:
@@ -145,6 +145,11 @@ class Lane:
         target[:, :, :, tokens:] = 0
 
 
+def power_of_two(n: int) -> int:
+    """The smallest that is at least n: as many places, so that a lane that grows does so a few times."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def as_bytes(tensor: Tensor) -> NDArray[np.uint8]:
     """The same memory, of the CPU; the last dimension in bytes."""
     array: NDArray[np.uint8] = tensor.view(torch.uint8).numpy()
@@ -223,12 +228,12 @@ class KvMirror:
 
     def _grow(self, lane: Lane, members: int, everybody: int) -> None:
         """To places for all that are in the step, or for those who are there."""
-        if not self._reserve(lane, everybody, PLENTY):
+        if not self._reserve(lane, power_of_two(everybody), PLENTY):
             self._reserve(lane, members, 1.0)
 
     def _another(self, blocks: int, members: int, everybody: int) -> Lane | None:
         """One more lane, with places for as many of those who may come as there is memory for; None: there is none."""
-        lane, places = Lane(self._arena_kv, blocks, self._memory), everybody
+        lane, places = Lane(self._arena_kv, blocks, self._memory), power_of_two(everybody)
         while places and not self._reserve(lane, places, PLENTY if places > members else 1.0):
             places //= 2
         if not places and not (self._fits(lane, members) and lane.reserve(members, lent=False)):

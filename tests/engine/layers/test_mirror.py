@@ -67,7 +67,7 @@ def test_where_memory_is_plenty_a_capacity_has_one_lane(fresh: list[int]) -> Non
         groups, rest = step(kv, [100 + i for i in range(count)])
         assert (len(groups), rest) == (1, [])
     groups, _ = step(kv, [129 + i for i in range(12)])
-    assert (len(groups), groups[0].lane.places) == (1, 12)
+    assert (len(groups), groups[0].lane.places) == (1, 16)
     assert not fresh
 
 
