@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.layers.touched import TouchedMemory
 from engine.models.dims import ModelDims
 from engine.worker.batch import Span
+from kernels.launch import power_of_two
 
 PLENTY = 0.9  # of the limit: as long as lanes take no more, a new one has places for all that may come
 SMALL = 64 << 20  # bytes of a lane that may grow: its members are copied, which a step waits for
@@ -145,11 +146,6 @@ class Lane:
         target[:, :, :, tokens:] = 0
 
 
-def power_of_two(n: int) -> int:
-    """The smallest that is at least n: as many places, so that a lane that grows does so a few times."""
-    return 1 << max(0, n - 1).bit_length()
-
-
 def as_bytes(tensor: Tensor) -> NDArray[np.uint8]:
     """The same memory, of the CPU; the last dimension in bytes."""
     array: NDArray[np.uint8] = tensor.view(torch.uint8).numpy()
@@ -227,7 +223,7 @@ class KvMirror:
         return placed, waiting
 
     def _grow(self, lane: Lane, members: int, everybody: int) -> None:
-        """To places for all that are in the step, or for those who are there."""
+        """To places for all in the step, rounded up so that it grows a few times; or for those who are there."""
         if not self._reserve(lane, power_of_two(everybody), PLENTY):
             self._reserve(lane, members, 1.0)
 

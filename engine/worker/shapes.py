@@ -13,7 +13,7 @@ from engine.geometry import PIECE_RANKS, Geometry
 from engine.models.config import ModelConfig
 from engine.worker.memory import DEFAULT_LORA_RANK
 from kernels.attention_meta import AttentionBounds, decode_splits
-from kernels.launch import SMALL_STEP, lora_tile, q_tile
+from kernels.launch import SMALL_STEP, lora_tile, power_of_two, q_tile
 from kernels.layout import KvLayout
 from kernels.lora_meta import HEADER, LoraBounds, PackedLayout
 from kernels.step_meta import step_fields
@@ -130,7 +130,7 @@ class Shapes:
         if at < len(mixed):
             return self._mixed(mixed[at], lora, all_rows)
         rows = _round(tokens, 64 if tokens <= 1024 else 256)
-        long, most = context > LONG_CONTEXT, _power_of_two(sequences)
+        long, most = context > LONG_CONTEXT, power_of_two(sequences)
         return self.make(rows, most, prefill=True, lora=lora, all_rows=all_rows, long=long)
 
     def eager(self, *, lora: bool) -> list[StepShape]:
@@ -139,7 +139,7 @@ class Shapes:
         The number of samples decides what runs behind the last layer's attention, however many tokens there are.
         """
         machine = self.machine
-        rows, running = _round(machine.step_tokens, 256), _power_of_two(machine.max_running)
+        rows, running = _round(machine.step_tokens, 256), power_of_two(machine.max_running)
         sizes = sorted({min(rows, SMALL_STEP), rows})
         counts = [1 << i for i in range(running.bit_length())]
         kinds = [(False, False), (True, False)] + [(True, True), (False, True)] * (machine.max_context > LONG_CONTEXT)
@@ -153,7 +153,7 @@ class Shapes:
     def largest(self) -> list[StepShape]:
         """Shapes that bound all others in every buffer."""
         machine = self.machine
-        rows, running = _round(machine.step_tokens, 256), _power_of_two(machine.max_running)
+        rows, running = _round(machine.step_tokens, 256), power_of_two(machine.max_running)
         # LoRA's lists are longest where items are short: in the largest of the small steps. The second set of them is
         # only where at most half of the rows are sampled.
         steps = [
@@ -214,7 +214,3 @@ def _ladder(limit: int) -> list[int]:
 
 def _round(value: int, step: int) -> int:
     return -(-value // step) * step
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << max(0, value - 1).bit_length()
