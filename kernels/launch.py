@@ -104,7 +104,8 @@ def expand_tiles(bounds: LoraBounds, itemsize: int) -> ExpandTiles:
     narrow = 2 if itemsize == 4 else 1
     if bounds.tile > 16:
         return ExpandTiles(128 // narrow, 4, 2, each=32)
-    return ExpandTiles(256 // narrow, 2 if 32 < bounds.tokens <= PRODUCT_ROWS else 4, 2)
+    columns = 512 if 16 < bounds.tokens <= PRODUCT_ROWS else 256  # more under way, where few programs find room
+    return ExpandTiles(columns // narrow, 2 if 32 < bounds.tokens <= PRODUCT_ROWS else 4, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,14 +179,15 @@ def prefill_tiles(head_dim: int, itemsize: int, long: bool) -> AttentionTiles:
 def decode_tiles(group: int, head_dim: int, itemsize: int, each: float) -> AttentionTiles:
     """each: programs of the launch for each multiprocessor.
 
-    Between 4 and 8 smaller ones, twice as many of which run at once, leave less of the last round empty.
+    Between 4 and 8 smaller ones, twice as many of which run at once, leave less of the last round empty. Up to 2 take
+    so much memory that no more find room: launched while some multiprocessors are free, they would crowd on those.
     """
     rows = max(16, power_of_two(group))
     if itemsize == 4:
         return AttentionTiles(rows, 32, 4, 2)
     if head_dim > 128:
         return AttentionTiles(rows, 64, 4, 2)
-    return AttentionTiles(rows, 32, 1, 3) if 4 < each <= 8 else AttentionTiles(rows, 64, 2, 3)
+    return AttentionTiles(rows, 32, 1, 3) if 4 < each <= 8 else AttentionTiles(rows, 64, 2, 5 if each <= 2 else 3)
 
 
 def q_tile(heads: int, kv_heads: int, head_dim: int, itemsize: int) -> int:

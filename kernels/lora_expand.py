@@ -99,7 +99,8 @@ def _expand(
         width = tl.where(start < total, tl.minimum(rank, 16), 0)
         piece = arena + offset.to(tl.int64) * UNIT + column * width
         fetch(piece, 0, 1, tl.minimum(most, BN) * width * SIZE, 0, 32)
-        tl.extra.cuda.gdc_wait()
+        if (start < total) | (start == 0):  # as in shrink
+            tl.extra.cuda.gdc_wait()
     for index in range(start, total, tl.num_programs(0)):
         size = tl.where(module == 0, out0, tl.where(module == 1, out1, out2)) - column
         row_mask = (i < rows)[:, None]

@@ -248,7 +248,8 @@ class DeviceDecoder:
         if lora is not None:
             delta = self.buffers.delta(*out.shape[-2:])
             pdl = self._pdl and rows <= self._overlap.products
-            with self._accelerator.beside(early=pdl):
+            first = not pdl or self._overlap.lora_first(rows, group)
+            with self._accelerator.beside(early=pdl, first=first):
                 lora_shrink(x, self._arena, lora, index, group, pdl=pdl)
                 lora_expand(delta, self._arena, lora, index, group, add=False, pdl=pdl)
         if self._overlap.product(rows, linear.weight, lora=lora is not None):

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from kernels.launch import PRODUCT_ROWS
+from kernels.lora_meta import LoraGroup
 
 PDL_TOKENS = 256  # of a step whose launches overlap; larger ones are bound by products
 ONTO_TOKENS = 1024
+FIRST_TOKENS = 32
+O_GROUP = 1  # of qkv, o, gate_up, down
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,7 @@ class Overlap:
 
     products: int = PRODUCT_ROWS  # tokens of the largest step whose products are `kernels.product`, not the library's
     pdl: bool = True  # a kernel may start before the one ahead of it has ended; changes no result
+    first: int = FIRST_TOKENS  # of the largest step whose o has shrink placed before the product
     onto: int = ONTO_TOKENS  # tokens above which a product is added onto LoRA's delta, where that is known to be large
 
     def product(self, tokens: int, weight: Tensor, *, lora: bool) -> bool:
@@ -35,6 +39,14 @@ class Overlap:
 
     def dependent(self, tokens: int) -> bool:
         return self.pdl and tokens <= PDL_TOKENS
+
+    def lora_first(self, tokens: int, group: LoraGroup) -> bool:
+        """Whether multiprocessors go to shrink and expand before the product that is ours.
+
+        For o of small steps: the product's programs wait for room among attention's, and would keep shrink's, which
+        find some, from starting before attention has ended. Elsewhere they would take the product's place.
+        """
+        return tokens <= self.first and group.index == O_GROUP
 
     def large(self, tokens: int) -> bool:
         """Whether it counts which groups of a step's modules have adapters; its products are the library's."""

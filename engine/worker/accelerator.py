@@ -42,11 +42,11 @@ class Accelerator(Protocol):
         """The stream of adapter loads."""
         ...
 
-    def beside(self, *, early: bool = False) -> AbstractContextManager[object]:
+    def beside(self, *, early: bool = False, first: bool = True) -> AbstractContextManager[object]:
         """Work that starts where the steps' stream stands and runs next to it until `join`.
 
         early: its first kernel and the one ahead are dependent launches: in a graph it starts before that one has ended
-        and waits by itself. Multiprocessors go to the steps' stream first then; otherwise to what runs beside.
+        and waits by itself. first: multiprocessors go to it before the steps' stream; otherwise behind that.
         """
         ...
 
@@ -90,9 +90,9 @@ class CudaAccelerator:
         return torch.cuda.stream(self._copies)
 
     @contextlib.contextmanager
-    def beside(self, *, early: bool = False) -> Iterator[None]:
+    def beside(self, *, early: bool = False, first: bool = True) -> Iterator[None]:
         """In an eager step too: the branch costs two events, which a graph does without."""
-        self._beside = self._below if early else self._above
+        self._beside = self._above if first else self._below
         self._beside.wait_stream(self._steps)
         if early:
             self._edges.relax(self._steps.cuda_stream, self._beside.cuda_stream)
@@ -140,7 +140,7 @@ class InterpretedAccelerator:
 
     copying = launching
 
-    def beside(self, *, early: bool = False) -> AbstractContextManager[object]:
+    def beside(self, *, early: bool = False, first: bool = True) -> AbstractContextManager[object]:
         return contextlib.nullcontext()
 
     def join(self) -> None:

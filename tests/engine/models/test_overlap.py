@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.models.overlap import OFF, ONTO_TOKENS, PDL_TOKENS, Overlap, default_overlap
+from engine.models.overlap import FIRST_TOKENS, OFF, ONTO_TOKENS, PDL_TOKENS, Overlap, default_overlap
 from kernels.launch import PRODUCT_ROWS
+from kernels.lora_meta import GROUP_STARTS, LoraGroup
 
 LONG = 3 * 64
 LARGE = ONTO_TOKENS + 2
@@ -43,6 +44,12 @@ def test_beside_lora_more_products_are_ours() -> None:
     assert [Overlap().product(tokens, w, lora=True) for w in (square, long, short)] == [True, True, False]
     assert not Overlap().product(tokens + 1, square, lora=True)
     assert not OFF.product(1, square, lora=True)
+
+
+def test_only_o_of_small_steps_has_shrink_first() -> None:
+    groups = [LoraGroup(start, 64, (64,)) for start in GROUP_STARTS]
+    assert [Overlap().lora_first(FIRST_TOKENS, group) for group in groups] == [False, True, False, False]
+    assert not any(Overlap().lora_first(FIRST_TOKENS + 1, group) for group in groups)
 
 
 @pytest.mark.parametrize(
