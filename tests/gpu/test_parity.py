@@ -195,8 +195,8 @@ IN_LINE = Overlap(pdl=False)
 
 @pytest.mark.parametrize(
     ("graphs", "overlap"),
-    [(False, Overlap()), (True, IN_LINE), (True, Overlap())],
-    ids=["overlapped", "graphs", "overlapped graphs"],
+    [(False, Overlap()), (True, IN_LINE), (True, Overlap()), (True, Overlap(first=0))],
+    ids=["overlapped", "graphs", "overlapped graphs", "shrink behind"],
 )
 def test_graphs_and_overlap_change_nothing(crowd: Case, graphs: bool, overlap: Overlap) -> None:
     """The same shapes launched eagerly, one kernel after the other: the same bits."""
