@@ -8,6 +8,7 @@ import pytest
 import torch
 
 KERNELS = (
+    "ahead",
     "attention_decode",
     "attention_prefill",
     "fetch",
