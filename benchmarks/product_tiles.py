@@ -9,7 +9,6 @@ What o and down leave in parts is added up by the norm behind them, whose time i
 import argparse
 import contextlib
 import itertools
-import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from torch import Tensor
 from benchmarks.device_timing import always, default_device, graph_times, replaced
 from benchmarks.report import SHORT, Report
 from kernels import product as module
-from kernels.ahead import compiling_ahead
+from kernels.ahead import compiling_ahead, default_threads
 from kernels.launch import (
     PRODUCT_MEMORY,
     SHARED_MEMORY,
@@ -115,11 +114,10 @@ class Measured:
             self._behind(self.out)
 
     def ours(self, tiles: ProductTiles) -> Callable[[], None]:
-        """Leaves the last product in `y`, or in `parts`."""
-        summed = self.shape.summed
-        self.y = self.residual.new_empty(tiles.parts, *self.out.shape) if summed else self.out
+        """Leaves the last product in `y`, that of o and down in parts."""
+        self.y = y = self.residual.new_empty(tiles.parts, *self.out.shape) if self.shape.summed else self.out
 
-        def launch(y: Tensor = self.y) -> None:
+        def launch() -> None:
             for weight in self.weights:
                 with replaced(always(tiles), (module, "product_tiles")):
                     product(y, self.x, weight, pdl=self._pdl)
@@ -145,8 +143,8 @@ def measure(report: Report, axes: Axes, measured: Measured) -> None:
         return [t * 1e3 / count for t in graph_times(step, axes.repeats)]
 
     name = f"{shape.name}, {rows} rows"
-    floor = shape.features * shape.inner * 2 / 1e6
-    library = report.add(f"{name}: library", "us", times(measured.library), note=f"{floor:.4g} MB").median
+    megabytes = shape.features * shape.inner * 2 / 1e6
+    library = report.add(f"{name}: library", "us", times(measured.library), note=f"{megabytes:.4g} MB").median
     device = measured.x.device
     now = product_tiles(rows, shape.features, shape.inner, multiprocessors(device), summed=shape.summed)
     for label, tiles in [("now", now), *((told(t), t) for t in axes.tiles(shape, rows, device))]:
@@ -166,7 +164,7 @@ def told(tiles: ProductTiles) -> str:
 
 def compile_all(axes: Axes, all_measured: Sequence[Measured]) -> None:
     """Several kernels at a time, before any is timed."""
-    with compiling_ahead(min(16, len(os.sched_getaffinity(0))), lambda done, asked: None):
+    with compiling_ahead(default_threads(), lambda done, asked: None):
         for measured in all_measured:
             for tiles in axes.tiles(measured.shape, measured.rows, measured.x.device):
                 with contextlib.suppress(Exception):  # told when it is timed

@@ -5,6 +5,7 @@ needed, and threads compile them: Triton's compiler leaves the interpreter to ot
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 
@@ -14,6 +15,12 @@ from triton.knobs import JITHookCompileInfo
 from triton.runtime.jit import JitFunctionInfo
 
 Told = Callable[[int, int], None]  # (kernels compiled, kernels asked for)
+MOST_THREADS = 16
+
+
+def default_threads() -> int:
+    """As many as there are cores, within reason."""
+    return min(MOST_THREADS, len(os.sched_getaffinity(0)))
 
 
 @contextlib.contextmanager

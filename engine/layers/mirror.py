@@ -208,7 +208,7 @@ class KvMirror:
         placed, waiting = list[tuple[Lane, list[Span]]](), list(spans)
         for lane in (lane for lane in self._lanes if lane.blocks == blocks and lane not in self._idle):
             members = [span for span in waiting if lane.holds(span.sequence_id)]
-            waiting = [span for span in waiting if span not in members]
+            waiting = [span for span in waiting if not lane.holds(span.sequence_id)]
             placed.append((lane, members))
         for lane, members in placed:
             wanted = min(len(members) + len(waiting), everybody)

@@ -1,6 +1,5 @@
 """Starts a worker whose layers are Triton kernels: weights, buffers, a trial run, the arena in what is left, graphs."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +25,10 @@ from engine.worker.rows import make_rows
 from engine.worker.shapes import Shapes, make_machine
 from engine.worker.warmup import largest_step
 from engine.worker.worker import Worker, dtype_of, make_info, step_tokens_of
+from kernels.ahead import default_threads
 from kernels.launch import multiprocessors
 
 STEP_THREADS = 1  # of torch on the CPU: the device does the work
-MOST_COMPILE_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ class Setting:
     @property
     def compile_threads(self) -> int:
         threads = self.config.compile_threads
-        return min(MOST_COMPILE_THREADS, len(os.sched_getaffinity(0))) if threads is None else threads
+        return default_threads() if threads is None else threads
 
 
 @torch.inference_mode()
