@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.lora_meta import LoraBounds, LoraGroup, split_bound
+from kernels.lora_meta import GATE_UP_ROWS, LoraBounds, LoraGroup, split_bound
 
 DECODE_TILE, PREFILL_TILE = 16, 128  # rows of a LoRA work item in small steps, and in those of many tokens
 SMALL_STEP = 2048  # tokens of the largest small step: an item of few rows costs as much as its tile
@@ -152,6 +152,23 @@ def product_tiles(
     warps = 8 if columns > 128 or columns * tile > 4096 else 4
     registers = SHARED_REGISTERS if shared and tile <= 64 and columns * tile > 8192 else None
     return ProductTiles(programs, parts, columns, tile, wide, warps, stages, registers)
+
+
+@dataclass(frozen=True, slots=True)
+class GateUpTiles:
+    """columns: of gate, and as many of up; together: rows of tiles that are taken beside each other."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+    together: int
+
+
+def gate_up_tiles(itemsize: int) -> GateUpTiles:
+    """Sums of 128 registers a thread, and inputs that leave a multiprocessor room for the result's tile."""
+    return GateUpTiles(GATE_UP_ROWS, 128, 128 // itemsize, 8, 3, 8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Expand: what shrink left, times every row's own adapter's B, into a delta or added to the base product."""
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -135,15 +136,15 @@ def lora_expand(
 ) -> None:
     """Finish the product that lora_shrink of the same group began in meta.z. pdl: as it was launched just before.
 
-    y: [tokens, sum(features)], rows contiguous, in the arena's dtype: the base product (add) or a delta buffer, whose
-    rows of adapters are all written (zeros for a module without an adapter) and whose rows of the base are not, nor any
-    where no adapter has the group: the op that adds a delta reads meta.rows(group) of its rows.
+    y: [tokens, sum(features)], rows contiguous, in the arena's dtype or float32: what is added onto (add) or a delta
+    buffer, whose rows of adapters are all written (zeros for a module without an adapter) and whose rows of the base
+    are not, nor any where no adapter has the group: the op that adds a delta reads meta.rows(group) of its rows.
 
     Semantics: y[t, first[m] + o] (+)= sum_r z[t, m, r] * B[s, layer, m][o, r] for row t in an item of slot s.
     """
     require_rows(y)
-    require(y.dtype == arena.dtype, "y and the arena differ in dtype")
-    features = group.features
+    require(y.dtype in (arena.dtype, torch.float32), "y and the arena differ in dtype")
+    features, itemsize = group.features, arena.element_size()
     require(y.shape[1] == sum(features) and len(features) <= 3, "y's columns are not the group's out features")
     out = (*features, 0, 0)[:3]
     tiles = expand_tiles(meta.bounds, y.element_size())
@@ -164,14 +165,14 @@ def lora_expand(
         meta.max_rank,
         *out,
         modules=len(features),
-        UNIT=piece_unit(arena.element_size()),
+        UNIT=piece_unit(itemsize),
         ITEMS=LORA_ITEMS,
         ITEM_INTS=ITEM_INTS,
         BM=meta.bounds.tile,
         BN=tiles.columns,
-        SPLITS=shrink_tiles(meta.bounds, group, y.element_size()).splits,
+        SPLITS=shrink_tiles(meta.bounds, group, itemsize).splits,
         ADD=add,
-        SIZE=y.element_size(),
+        SIZE=itemsize,
         PDL=pdl,
         num_warps=tiles.warps,
         num_stages=tiles.stages,

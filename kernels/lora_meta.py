@@ -4,7 +4,7 @@ The worker fills the host array and copies it to the device once a step. Lists c
 `counts`; what lies beyond the length is never read, so a captured graph needs no cleared tails. Imports no triton.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -23,6 +23,10 @@ LORA_ROWS = (8, 12, 16, 20)  # of each group; kernels are given their addresses,
 HEADER = 24
 WORK_INTS = 8  # first row, rows, slot, rank block, item, 0, 0, 0
 ITEM_INTS = 4  # first row, rows, slot, 0
+RUN_INTS = 4  # first row, rows, first item, 0
+TILE_INTS = 8  # first run, one past its last; of the first run: first row, one past its last, first item; 0, 0, 0
+GATE_UP_ROWS = 128  # of a tile of gate_up's product in large steps
+LORA_LISTS = ("lora_runs", "lora_tiles", "lora_items", "lora_work")
 LORA_MODULES = 7
 GROUP_STARTS = (0, 3, 4, 6)  # first module of each group that reads one input: qkv, o, gate_up, down
 ALIGN = 4  # int32 elements; every field starts at a multiple of 16 bytes
@@ -82,31 +86,39 @@ class LoraBounds:
     def work(self) -> int:
         return self.items * self.rank_blocks
 
+    @property
+    def runs(self) -> int:
+        return min(self.slots, self.tokens)
+
     def fields(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """The LoRA part of a PackedLayout."""
-        return ("lora_items", (self.items, ITEM_INTS)), ("lora_work", (self.work, WORK_INTS))
+        tiles = -(-self.tokens // GATE_UP_ROWS)
+        shapes = (self.runs, RUN_INTS), (tiles, TILE_INTS), (self.items, ITEM_INTS), (self.work, WORK_INTS)
+        return tuple(zip(LORA_LISTS, shapes, strict=True))
 
 
 def pack_lora(
-    counts: Ints,  # [HEADER]
-    items: Ints,  # [items, ITEM_INTS]
-    work: Ints,  # [work, WORK_INTS]
+    fields: Mapping[str, Ints],
     groups: Sequence[tuple[int, int]],
     slot_blocks: Ints,  # [slots, groups], most rank blocks that the slot's adapter has in any of the modules and layers
     tile: int,
 ) -> None:
-    """Fill the LoRA lists in place.
+    """Fill the LoRA lists, and their lengths in `counts`.
 
     groups: (slot, tokens) of the adapters' rows in batch order; rows lie together by slot from row 0 on, the base's
-    come last and are not listed. An item is at most `tile` rows of one slot, a unit of work one rank block of an item.
-    A group that none of the adapters has counts no rows: nothing of it is computed or added.
+    come last and are not listed. A run is all rows of one slot, an item at most `tile` of them, a unit of work one rank
+    block of an item. A group that none of the adapters has counts no rows: nothing of it is computed or added.
     """
+    runs, tiles, items, work = (fields[name] for name in LORA_LISTS)
     slots, tokens = np.array(groups, np.int32).reshape(-1, 2).T
-    tiles = -(-tokens // tile)
-    owner = np.repeat(np.arange(len(slots)), tiles)  # each item's group
-    nth = np.arange(len(owner)) - (np.cumsum(tiles) - tiles)[owner]
+    counted = -(-tokens // tile)
+    starts, first_items = np.cumsum(tokens) - tokens, np.cumsum(counted) - counted
+    runs[: len(slots), :3] = np.stack([starts, tokens, first_items], 1)
+    _pack_tiles(tiles, runs[: len(slots)])
+    owner = np.repeat(np.arange(len(slots)), counted)  # each item's group
+    nth = np.arange(len(owner)) - first_items[owner]
     lora = items[: len(owner)]
-    lora[:, 0] = (np.cumsum(tokens) - tokens)[owner] + nth * tile
+    lora[:, 0] = starts[owner] + nth * tile
     lora[:, 1] = np.minimum(tokens[owner] - nth * tile, tile)
     lora[:, 2] = slots[owner]
     blocks = np.maximum(slot_blocks[lora[:, 2]].max(1), 1)
@@ -115,8 +127,20 @@ def pack_lora(
     units[:, :3] = lora[item, :3]
     units[:, 3] = np.arange(len(item)) - (np.cumsum(blocks) - blocks)[item]
     units[:, 4] = item
+    counts = fields["counts"]
     counts[LORA_WORK], counts[LORA_ITEMS] = len(item), len(owner)
     counts[list(LORA_ROWS)] = np.where(slot_blocks[slots].any(0), tokens.sum(), 0)
+
+
+def _pack_tiles(tiles: Ints, runs: Ints) -> None:
+    """The runs that each tile of gate_up's product has rows of, and the first of them, or none."""
+    rows, ends = np.arange(len(tiles)) * GATE_UP_ROWS, runs[:, 0] + runs[:, 1]
+    tiles[:, 0] = np.searchsorted(ends, rows, "right")
+    tiles[:, 1] = np.searchsorted(runs[:, 0], rows + GATE_UP_ROWS)
+    has = tiles[:, 0] < tiles[:, 1]
+    first = tiles[has, 0]
+    tiles[:, 2:5] = 0
+    tiles[has, 2:5] = np.stack([runs[first, 0], ends[first], runs[first, 2]], 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +149,8 @@ class LoraMeta:
 
     bounds: LoraBounds
     counts: Tensor  # [HEADER] int32
+    runs: Tensor  # [runs, RUN_INTS] int32
+    tiles: Tensor  # [tiles of GATE_UP_ROWS rows, TILE_INTS] int32
     items: Tensor  # [items, ITEM_INTS] int32
     work: Tensor  # [work, WORK_INTS] int32
     shrink_desc: Tensor  # [work, layers * 7, 2] int32: offset of A's piece, its ranks (0: nothing to do)
@@ -167,7 +193,8 @@ class LoraWorkspace:
         shrink = self.shrink_desc[: bounds.work * modules * 2].view(bounds.work, modules, 2)
         row = 1 + bounds.rank_blocks
         expand = self.expand_desc[: bounds.items * modules * row].view(bounds.items, modules, row)
-        return LoraMeta(bounds, fields["counts"], fields["lora_items"], fields["lora_work"], shrink, expand, self.z)
+        runs, tiles, items, work = (fields[name] for name in LORA_LISTS)
+        return LoraMeta(bounds, fields["counts"], runs, tiles, items, work, shrink, expand, self.z)
 
 
 MAX_SPLITS = 16  # parts of the inner dimension in a shrink

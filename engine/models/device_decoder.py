@@ -21,6 +21,7 @@ from engine.worker.accelerator import Accelerator
 from kernels.attention_decode import decode_attention
 from kernels.attention_meta import AttentionMeta
 from kernels.attention_prefill import prefill_attention
+from kernels.gate_up import GateUpDelta, gate_up_silu
 from kernels.launch import PRODUCT_PARTS, PRODUCT_ROWS
 from kernels.layout import KvLayout
 from kernels.lora_expand import lora_expand
@@ -206,6 +207,11 @@ class DeviceDecoder:
     def _feed_forward(self, index: int, layer: LayerWeights, hidden: Tensor, lora: LoraMeta | None) -> Tensor:
         rows, buffers = hidden.shape[0], self.buffers
         gate_up, active = buffers.gate_up[:rows], buffers.active[:rows]
+        if self._overlap.merges(rows, layer.gate_up.weight):
+            lora = self._shrink(index, self._gate_up, hidden, lora)
+            shrunk = None if lora is None else GateUpDelta(self._arena, lora, index, self._gate_up)
+            gate_up_silu(active, hidden, layer.gate_up.weight, layer.gate_up.bias, shrunk)
+            return active
         delta, delta_rows = self._product(index, self._gate_up, layer.gate_up, hidden, gate_up, lora)
         silu_mul(active, gate_up, delta=delta, delta_rows=delta_rows, pdl=self._pdl)
         return active
@@ -223,6 +229,13 @@ class DeviceDecoder:
         """The residual takes a product in, and the next norm is taken of it."""
         rows = x.shape[0]
         y = hidden = self.buffers.hidden[:rows]
+        if self._overlap.onto_residual(rows, linear.weight) and linear.bias is None:
+            lora = self._shrink(index, group, x, lora)
+            if lora is not None:
+                lora_expand(residual, self._arena, lora, index, group, add=True)
+            add_product(residual, x, linear.weight)
+            rms_norm(hidden, residual, norm, self._config.norm_eps)
+            return
         if self._overlap.product(rows, linear.weight, lora=lora is not None):
             y = self.buffers.parts(product_parts(linear.weight), rows)
         delta, delta_rows = self._product(index, group, linear, x, y, lora)
@@ -235,16 +248,10 @@ class DeviceDecoder:
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """out = x @ weight.T (+ bias) and the adapters' delta, which the next op adds if it is returned.
 
-        Returns the delta, which is computed beside the product, and how many rows it has. Of a large step whose rows
-        are known to have adapters, the delta is computed first and the product added onto it.
+        Returns the delta, which is computed beside the product, and how many rows it has.
         """
         rows = x.shape[0]
-        if lora is not None and lora.known is not None and self._overlap.large(rows):
-            known = lora.known[group.index]
-            if self._overlap.adds_onto(rows, known) and linear.bias is None:
-                self._add_onto(index, group, linear, x, out, lora, known)
-                return None, None
-            lora = lora if known else None
+        lora = used_by(lora, group)
         if lora is not None:
             delta = self.buffers.delta(*out.shape[-2:])
             pdl = self._pdl and rows <= self._overlap.products
@@ -263,11 +270,22 @@ class DeviceDecoder:
         self._accelerator.join()
         return delta, lora.rows(group)
 
-    def _add_onto(
-        self, index: int, group: LoraGroup, linear: Linear, x: Tensor, out: Tensor, lora: LoraMeta, known: int
-    ) -> None:
-        """out = the delta of the first `known` rows + x @ weight.T, of which the product reads the former."""
-        lora_shrink(x, self._arena, lora, index, group)
-        lora_expand(out, self._arena, lora, index, group, add=False)
-        out[known:].zero_()
-        out.addmm_(x, linear.weight.t())
+    def _shrink(self, index: int, group: LoraGroup, x: Tensor, lora: LoraMeta | None) -> LoraMeta | None:
+        """Shrink in line; None where the group has no delta."""
+        lora = used_by(lora, group)
+        if lora is not None:
+            lora_shrink(x, self._arena, lora, index, group)
+        return lora
+
+
+def add_product(residual: Tensor, x: Tensor, weight: Tensor) -> None:
+    """residual += x @ weight.T; residual: [tokens, out] float32."""
+    if x.dtype == torch.float32:
+        residual.addmm_(x, weight.t())
+    else:
+        torch.addmm(residual, x, weight.t(), out_dtype=torch.float32, out=residual)
+
+
+def used_by(lora: LoraMeta | None, group: LoraGroup) -> LoraMeta | None:
+    """None where it is known that no adapter of the step has the group."""
+    return None if lora is None or (lora.known is not None and not lora.known[group.index]) else lora

@@ -1,5 +1,5 @@
 """What small steps do to keep memory busy (launches that do not wait in line, products that fetch their weights ahead)
-and large ones to read less (products added onto LoRA's deltas).
+and large ones to write and read less (products that do what follows them).
 
 Used by the device decoder; what each is worth is in docs/performance.md.
 """
@@ -13,7 +13,7 @@ from kernels.launch import PRODUCT_ROWS
 from kernels.lora_meta import LoraGroup
 
 PDL_TOKENS = 256  # of a step whose launches overlap; larger ones are bound by products
-ONTO_TOKENS = 1024
+LARGE_TOKENS = 1024
 FIRST_TOKENS = 32
 O_GROUP = 1  # of qkv, o, gate_up, down
 
@@ -25,7 +25,8 @@ class Overlap:
     products: int = PRODUCT_ROWS  # tokens of the largest step whose products are `kernels.product`, not the library's
     pdl: bool = True  # a kernel may start before the one ahead of it has ended; changes no result
     first: int = FIRST_TOKENS  # of the largest step whose o has shrink placed before the product
-    onto: int = ONTO_TOKENS  # tokens above which a product is added onto LoRA's delta, where that is known to be large
+    large: int = LARGE_TOKENS  # tokens from which on products do what follows them
+    widest: int = 2  # bytes of an element, of products that are not the library's alone
 
     def product(self, tokens: int, weight: Tensor, *, lora: bool) -> bool:
         """Whether a product is ours. weight: [out, in]; lora: shrink and expand run beside it.
@@ -35,7 +36,7 @@ class Overlap:
         """
         features, inner = weight.shape
         twice = features <= 2 * inner if lora else inner > 2 * features
-        return weight.dtype.itemsize == 2 and tokens <= self.products * (2 if twice else 1)
+        return self._narrow(weight) and tokens <= self.products * (2 if twice else 1)
 
     def dependent(self, tokens: int) -> bool:
         return self.pdl and tokens <= PDL_TOKENS
@@ -48,19 +49,20 @@ class Overlap:
         """
         return tokens <= self.first and group.index == O_GROUP
 
-    def large(self, tokens: int) -> bool:
-        """Whether it counts which groups of a step's modules have adapters; its products are the library's."""
-        return tokens > max(self.onto, 2 * self.products)
+    def merges(self, tokens: int, weight: Tensor) -> bool:
+        """Whether SiLU-and-mul is a part of gate_up's product: `kernels.gate_up`, whose rows are what TMA can read."""
+        return tokens >= self.large and self._narrow(weight) and not (weight.shape[1] % 8 or weight.shape[0] % 16)
 
-    def adds_onto(self, tokens: int, rows: int) -> bool:
-        """rows: of the tokens, those with an adapter. The product reads the delta while it computes; writing zeros for
-        the others must not cost more than that saves.
-        """
-        return self.large(tokens) and 2 * rows >= tokens
+    def onto_residual(self, tokens: int, weight: Tensor) -> bool:
+        """Whether the library adds o's product, or down's, onto the residual stream."""
+        return tokens > self.large and self._narrow(weight)
+
+    def _narrow(self, weight: Tensor) -> bool:
+        return weight.dtype.itemsize <= self.widest
 
 
 NEVER = 1 << 30
-OFF = Overlap(products=0, pdl=False, onto=NEVER)
+OFF = Overlap(products=0, pdl=False, large=NEVER)
 
 
 def default_overlap(device: torch.device) -> Overlap:

@@ -143,8 +143,7 @@ def _pack_lora(
     """rows: (slot, how many) of each sequence in the batch's order; the base comes last and is left out."""
     slots = groupby(rows, key=itemgetter(0))
     groups = [(slot, sum(count for _, count in members)) for slot, members in slots if slot >= 0]
-    counts, items, work = (fields[name] for name in ("counts", "lora_items", "lora_work"))
-    pack_lora(counts, items, work, groups, slot_blocks, bounds.tile)
+    pack_lora(fields, groups, slot_blocks, bounds.tile)
 
 
 def _spans(steps: Sequence[SequenceStep], firsts: Longs) -> tuple[Span, ...]:

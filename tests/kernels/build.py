@@ -87,9 +87,7 @@ def pack_lora_step(bounds: LoraBounds, adapters: Adapters, groups: Sequence[tupl
     layout = lora_fields(bounds)
     packed = torch.full((layout.size,), 2**30, dtype=torch.int32)
     host = {name: view.numpy() for name, view in layout.split(packed).items()}
-    lora_meta.pack_lora(
-        host["counts"], host["lora_items"], host["lora_work"], groups, adapters.slot_blocks, bounds.tile
-    )
+    lora_meta.pack_lora(host, groups, adapters.slot_blocks, bounds.tile)
     return packed
 
 

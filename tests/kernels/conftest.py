@@ -13,6 +13,7 @@ KERNELS = (
     "attention_prefill",
     "fetch",
     "kv_store",
+    "gate_up",
     "lora_expand",
     "lora_gather",
     "lora_shrink",

@@ -108,16 +108,20 @@ def test_large_items_in_parts_of_the_inner_dimension(merged: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("merged", ["qkv", "down"])
-def test_added_to_the_base_product(merged: str, dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_added_to_the_base_product(merged: str, exact: bool, dtype: torch.dtype, device: torch.device) -> None:
+    """Or, in float32, to the residual stream."""
     torch.manual_seed(2)
     adapters = make_adapters(mixed_ranks(), SHAPES, 7, dtype, device, 0.2)
     step = make_lora_step(LoraBounds(40, 16, 5, 7), adapters, BATCHES[0])
     lora_gather(step.meta, adapters.pieces, adapters.ranks)
     x = torch.randn(40, GROUPS[merged].inner, device=device).to(dtype)
     width = sum(GROUPS[merged].features)
-    y = torch.randn(40, width + 8, device=device).to(dtype)[:, :width]  # rows of a wider buffer
+    y = torch.randn(40, width + 8, device=device).to(torch.float32 if exact else dtype)[
+        :, :width
+    ]  # rows of a wider buffer
     out, wanted = run(adapters, step, x, y, GROUPS[merged], add=True)
-    assert_close(out, wanted)
+    assert_close(out.to(dtype), wanted)
 
 
 @pytest.mark.parametrize("rank", [8, 64, 256])

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from kernels import lora_meta
 from kernels.lora_meta import (
+    GATE_UP_ROWS,
     GROUP_STARTS,
     HEADER,
     LORA_ITEMS,
@@ -27,8 +28,9 @@ def test_every_row_and_rank_block_once(tokens: list[int], tile: int, data: st.Da
     drawn = data.draw(st.lists(st.lists(st.integers(0, 4), min_size=4, max_size=4), min_size=8, max_size=8))
     blocks = np.array(drawn, np.int32)
     bounds = LoraBounds(tokens=sum(tokens) + 3, tile=tile, slots=8, rank_blocks=4)
-    counts, items, work = (np.full(shape, 2**30, np.int32) for shape in ((HEADER,), *(s for _, s in bounds.fields())))
-    pack_lora(counts, items, work, list(zip(slots, tokens, strict=True)), blocks, tile)
+    fields = {name: np.full(shape, 2**30, np.int32) for name, shape in (("counts", (HEADER,)), *bounds.fields())}
+    pack_lora(fields, list(zip(slots, tokens, strict=True)), blocks, tile)
+    counts, items, work = (fields[name] for name in ("counts", "lora_items", "lora_work"))
 
     owner = [slot for slot, n in zip(slots, tokens, strict=True) for _ in range(n)]
     seen = [(row, slot) for first, n, slot, _ in items[: counts[LORA_ITEMS]] for row in range(first, first + n)]
@@ -40,6 +42,25 @@ def test_every_row_and_rank_block_once(tokens: list[int], tile: int, data: st.Da
     for first, rows, slot, _, item, *_ in work[: counts[LORA_WORK]]:
         assert (first, rows, slot) == tuple(items[item, :3])
     assert (items[: counts[LORA_ITEMS], 1] <= tile).all()
+
+
+@given(tokens=st.lists(st.integers(1, 300), max_size=6), more=st.integers(0, 300), tile=st.sampled_from([16, 128]))
+def test_each_tile_has_the_runs_of_its_rows(tokens: list[int], more: int, tile: int) -> None:
+    bounds = LoraBounds(tokens=sum(tokens) + more + 1, tile=tile, slots=6, rank_blocks=1)
+    fields = {name: np.full(shape, 2**30, np.int32) for name, shape in (("counts", (HEADER,)), *bounds.fields())}
+    pack_lora(fields, list(enumerate(tokens)), np.ones((6, len(GROUP_STARTS)), np.int32), tile)
+    runs, items = fields["lora_runs"], fields["lora_items"]
+    owner = np.repeat(np.arange(len(tokens)), tokens)
+    for index, (first, past, begin, end, item) in enumerate(fields["lora_tiles"][:, :5].tolist()):
+        assert sorted(set(owner[index * GATE_UP_ROWS : (index + 1) * GATE_UP_ROWS])) == list(range(first, past))
+        if first == past:
+            assert (begin, end, item) == (0, 0, 0)
+        else:
+            assert [begin, end - begin, item] == runs[first, :3].tolist()
+    for slot, (begin, rows, item) in enumerate(runs[: len(tokens), :3].tolist()):
+        assert (owner[begin : begin + rows] == slot).all()
+        assert rows == tokens[slot]
+        assert items[item, [0, 2]].tolist() == [begin, slot]
 
 
 def test_fields_share_one_array_and_start_aligned() -> None:

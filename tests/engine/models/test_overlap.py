@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.models.overlap import FIRST_TOKENS, OFF, ONTO_TOKENS, PDL_TOKENS, Overlap, default_overlap
+from engine.models.overlap import FIRST_TOKENS, LARGE_TOKENS, OFF, PDL_TOKENS, Overlap, default_overlap
 from kernels.launch import PRODUCT_ROWS
 from kernels.lora_meta import GROUP_STARTS, LoraGroup
 
 LONG = 3 * 64
-LARGE = ONTO_TOKENS + 2
 
 
 def weight(inner: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -53,16 +52,29 @@ def test_only_o_of_small_steps_has_shrink_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows", "onto"),
-    [(LARGE, LARGE // 2, True), (LARGE, LARGE // 2 - 1, False), (ONTO_TOKENS, ONTO_TOKENS, False)],
+    ("overlap", "tokens", "merged", "onto"),
+    [
+        (Overlap(), LARGE_TOKENS - 1, False, False),
+        (Overlap(), LARGE_TOKENS, True, False),
+        (Overlap(), LARGE_TOKENS + 1, True, True),
+        (OFF, 1 << 20, False, False),
+    ],
+    ids=str,
 )
-def test_large_steps_of_mostly_adapters_add_onto_deltas(tokens: int, rows: int, onto: bool) -> None:
-    assert Overlap().adds_onto(tokens, rows) == onto
-    assert not OFF.adds_onto(tokens, rows)
+def test_products_of_large_steps_do_what_follows(overlap: Overlap, tokens: int, merged: bool, onto: bool) -> None:
+    assert (overlap.merges(tokens, weight()), overlap.onto_residual(tokens, weight())) == (merged, onto)
+
+
+def test_tma_reads_rows_of_16_bytes() -> None:
+    assert not Overlap().merges(LARGE_TOKENS, weight(inner=68))
+    assert not Overlap().merges(LARGE_TOKENS, torch.zeros(72, 64, dtype=torch.bfloat16))
 
 
 def test_products_of_four_bytes_an_element_are_the_librarys() -> None:
-    assert not Overlap().product(1, weight(dtype=torch.float32), lora=False)
+    exact = weight(dtype=torch.float32)
+    assert not Overlap().product(1, exact, lora=False)
+    assert not Overlap().merges(LARGE_TOKENS, exact)
+    assert not Overlap().onto_residual(LARGE_TOKENS + 1, exact)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from msgspec.structs import replace
 
 from engine.config import EngineConfig, LoraPath
+from engine.models import device_decoder
 from engine.models.overlap import OFF
 from engine.models.weights import Progress
 from engine.plan import StepPlan
@@ -23,6 +24,7 @@ from engine.types import SamplingParams
 from engine.worker.device_start import start_device
 from engine.worker.shapes import Shapes
 from engine.worker.worker import Worker
+from kernels.gate_up import gate_up_silu
 from tests.engine.worker.harness import GREEDY, Driver, Request, make_pages, random_weights, start
 from tests.support.adapters import write_adapter
 from tests.support.engine import local_engine
@@ -103,19 +105,20 @@ def test_families(family: str, tmp_path: Path) -> None:
     assert triton.worker.graph_replays == 0
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])  # with biases, which stay beside, and without
-def test_products_added_onto_deltas(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])  # with biases and without
+def test_products_do_what_follows(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of mostly adapters, of few, and of adapters that have none of most groups of modules."""
     folder = write_model(tmp_path / family, vocab=250, **FAMILIES[family])
     triton, torch_ = drivers(folder)
-    decoder = cast("Any", triton.worker._runner)._decoder
-    decoder.overlap(dataclasses.replace(OFF, onto=8))
-    adds = Mock(wraps=decoder._add_onto)
-    decoder._add_onto = adds
+    cast("Any", triton.worker._runner)._decoder.overlap(dataclasses.replace(OFF, large=8, widest=4))
+    merged, added = Mock(wraps=gate_up_silu), Mock(wraps=device_decoder.add_product)
+    monkeypatch.setattr(device_decoder, "gate_up_silu", merged)
+    monkeypatch.setattr(device_decoder, "add_product", added)
     for owners in ((1, 3, 4, None), (None, None, None, 3), (2, 2)):
         ours, theirs = (driver.run(requests(owners)) for driver in (triton, torch_))
         assert_same(ours, theirs)
-    assert {call.args[1].index for call in adds.call_args_list} == ({1, 2, 3} if family == "qwen2" else {0, 1, 2, 3})
+    assert {call.args[4] is None for call in merged.call_args_list} == {True, False}
+    assert added.called
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,66 @@
+"""The product of gate and up of large steps against the dense reference: runs within tiles, missing modules, bias."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.gate_up import GateUpDelta, gate_up_silu
+from kernels.lora_gather import lora_gather
+from kernels.lora_meta import LoraBounds, LoraGroup
+from kernels.lora_shrink import lora_shrink
+from tests.kernels.build import assert_close, make_adapters, make_lora_step
+from tests.kernels.test_product import weight_of
+
+LAYER = 1
+HIDDEN, INNER = 72, 168
+SHAPES = ((HIDDEN, HIDDEN),) * 4 + ((HIDDEN, INNER),) * 2 + ((INNER, HIDDEN),)
+GROUP = LoraGroup(4, HIDDEN, (INNER, INNER))
+RUNS = [(3, 100), (0, 7), (1, 90), (2, 61)]
+
+
+def adapter_ranks() -> Tensor:
+    """Four slots: rank 16 everywhere, 8 on up, 40 on down alone, 40 on gate and 24 on up."""
+    ranks = torch.zeros(4, 2, 7, dtype=torch.int32)
+    ranks[0] = 16
+    ranks[1, :, 5] = 8
+    ranks[2, :, 6] = 40
+    ranks[3, :, 4], ranks[3, :, 5] = 40, 24
+    return ranks
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "tile", "runs"),
+    [(5, 16, None), (300, 16, None), (300, 16, RUNS), (300, 128, RUNS), (140, 128, [(1, 140)]), (140, 128, [(2, 3)])],
+    ids=str,
+)
+def test_gate_up_silu(
+    rows: int, tile: int, runs: list[tuple[int, int]] | None, bias: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    if dtype == torch.float32 and device.type == "cuda":
+        pytest.skip("the tiles are for two bytes an element")
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, HIDDEN, device=device).to(dtype), weight_of(2 * INNER, HIDDEN, dtype, device)
+    added = torch.randn(2 * INNER, device=device).to(dtype) if bias else None
+    y = x.double() @ weight.double().t() + (0 if added is None else added.double())
+    delta = None
+    if runs is not None:
+        adapters = make_adapters(adapter_ranks(), SHAPES, 3, dtype, device, 0.2)
+        step = make_lora_step(LoraBounds(rows, tile, 4, 3), adapters, runs)
+        lora_gather(step.meta, adapters.pieces, adapters.ranks)
+        for module, part in enumerate(torch.split(y, INNER, 1), GROUP.first):
+            args = adapters.arena, adapters.pieces, adapters.ranks, step.slots, LAYER, module
+            part.copy_(reference.lora_expand(reference.lora_shrink(x.double(), *args), part, *args))
+        lora_shrink(x, adapters.arena, step.meta, LAYER, GROUP)
+        delta = GateUpDelta(adapters.arena, step.meta, LAYER, GROUP)
+    out = torch.full((rows + 1, INNER), 7.0, dtype=dtype, device=device)
+    gate_up_silu(out[:rows], x, weight, added, delta)
+    assert_close(out[:rows], torch.nn.functional.silu(y[:, :INNER]) * y[:, INNER:])
+    assert (out[rows] == 7.0).all()
+
+
+def test_refuses_what_does_not_fit(device: torch.device) -> None:
+    x, weight = torch.zeros(2, 64, device=device), torch.zeros(32, 64, device=device)
+    with pytest.raises(ValueError, match="do not fit"):
+        gate_up_silu(torch.zeros(2, 32, device=device), x, weight)
