@@ -14,44 +14,60 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.launch import cdiv, gate_up_tiles, multiprocessors, require, require_rows, shrink_tiles
 from kernels.layout import piece_unit
-from kernels.lora_meta import LORA_MODULES, RUN_INTS, TILE_INTS, LoraGroup, LoraMeta
+from kernels.lora_meta import BLOCK_INTS, LORA_MODULES, TILE_INTS, LoraGroup, LoraMeta
 
 
 @triton.jit
-def _block(lora, run, module: tl.constexpr, block, row, column, size, UNIT, SPLITS, BM: tl.constexpr, BN: tl.constexpr):
-    """What a rank block of a run adds to a tile: z's part [BM, 16], zero in others' rows, B's [BN, 16]; the rank."""
-    arena, z, z_split, max_rank, desc, desc_stride, blocks = lora
-    begin, end, item = run
-    i = row + tl.arange(0, BM)
-    o = column + tl.arange(0, BN)
+def _head(lora, line, mask):
+    """Of a rank block: first row, one past the last, number, and for gate and for up the rank and B's place."""
+    _arena, _z, _z_split, _max_rank, desc, desc_stride, rank_blocks = lora
+    begin, end = tl.load(line, mask=mask, other=0), tl.load(line + 1, mask=mask, other=0)
+    item, number = tl.load(line + 2, mask=mask, other=0), tl.load(line + 3, mask=mask, other=0)
+    gate = desc + item.to(tl.int64) * desc_stride
+    up = gate + 1 + rank_blocks
+    gate_rank, gate_place = tl.load(gate), tl.load(gate + 1 + number)
+    up_rank, up_place = tl.load(up), tl.load(up + 1 + number)
+    return begin, end, number, gate_rank, gate_place, up_rank, up_place
+
+
+@triton.jit
+def _load(lora, head, row, column, size, UNIT: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """What a rank block adds to gate and to up of a tile: for each z [SPLITS, BM, 16], zero in others' rows, B [BN, 16]
+    and its width.
+    """
+    arena, z, z_split, max_rank, _desc, _desc_stride, _rank_blocks = lora
+    begin, end, number, gate_rank, gate_place, up_rank, up_place = head
+    row += tl.arange(0, BM)
+    own = ((row >= begin) & (row < end))[:, None]
+    z += row.to(tl.int64)[:, None] * (2 * max_rank) + number * 16
+    gate_z, gate_b, gate_width = _side(
+        arena, gate_place, gate_rank - number * 16, z, z_split, own, column, size, UNIT, SPLITS, BN
+    )  # fmt: skip
+    up_z, up_b, up_width = _side(
+        arena, up_place, up_rank - number * 16, z + max_rank, z_split, own, column, size, UNIT, SPLITS, BN
+    )  # fmt: skip
+    return gate_z, gate_b, gate_width, up_z, up_b, up_width
+
+
+@triton.jit
+def _side(
+    arena, place, ranks, z, z_split, own, column, size, UNIT: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr
+):
     r = tl.arange(0, 16)
-    entry = desc + item.to(tl.int64) * desc_stride + module * (1 + blocks)
-    rank = tl.load(entry)
-    offset = tl.load(entry + 1 + block).to(tl.int64)
-    width = tl.multiple_of(tl.minimum(tl.maximum(rank - block * 16, 0), 16), 8)
-    b = arena + offset * UNIT + o[:, None] * width + r[None, :]
-    bb = tl.load(b, mask=(o < size)[:, None] & (r < width)[None, :], other=0.0)
-    own = ((i >= begin) & (i < end))[:, None] & (r < width)[None, :]
-    zz = z + i.to(tl.int64)[:, None] * (2 * max_rank) + module * max_rank + block * 16 + r[None, :]
-    part = tl.zeros([BM, 16], tl.float32)
-    for split in tl.static_range(SPLITS):
-        part += tl.load(zz + split * z_split, mask=own, other=0.0)
-    return part.to(bb.dtype), bb, rank
+    width = tl.multiple_of(tl.minimum(tl.maximum(ranks, 0), 16), 8)
+    column += tl.arange(0, BN)
+    held = (r // 8 * 8 < width)[None, :]
+    b = arena + place.to(tl.int64) * UNIT + column[:, None] * width + r[None, :]
+    bb = tl.load(b, mask=(column < size)[:, None] & held, other=0.0)
+    splits = (tl.arange(0, SPLITS) * z_split)[:, None, None]
+    return tl.load((z + r[None, :])[None, :, :] + splits, mask=(own & held)[None, :, :], other=0.0), bb, width
 
 
 @triton.jit
-def _add_blocks(acc, lora, runs, first, past, module: tl.constexpr, row, column, size, RUN_INTS, UNIT, SPLITS, BM, BN):
-    """acc + z @ B.T, run after run, but for the first rank block of the first run."""
-    _arena, _z, _z_split, _max_rank, desc, desc_stride, blocks = lora
-    for index in range(first, past):
-        head = runs + index * RUN_INTS
-        begin = tl.load(head)
-        run = begin, begin + tl.load(head + 1), tl.load(head + 2)
-        rank = tl.load(desc + run[2].to(tl.int64) * desc_stride + module * (1 + blocks))
-        for block in range((index == first).to(tl.int32), tl.cdiv(rank, 16)):
-            part, bb, _ = _block(lora, run, module, block, row, column, size, UNIT, SPLITS, BM, BN)
-            acc = tl.dot(part, tl.trans(bb), acc, input_precision="ieee")
-    return acc
+def _add(acc, parts, bb, width):
+    """acc + z @ B.T. Here, not where it is loaded, is what waits for it: so a sum lies between."""
+    bb = tl.where((tl.arange(0, 16) < width)[None, :], bb, 0.0)
+    return tl.dot(tl.sum(parts, 0).to(bb.dtype), tl.trans(bb), acc, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["rows", "module"])
@@ -62,7 +78,7 @@ def _gate_up_silu(
     bias,
     arena,
     z,
-    runs,
+    blocks,
     tiles,
     desc,
     rows,
@@ -70,12 +86,12 @@ def _gate_up_silu(
     inner,
     module,
     desc_stride,
-    blocks,
+    rank_blocks,
     z_split,
     max_rank,
     BIAS: tl.constexpr,
     LORA: tl.constexpr,
-    RUN_INTS: tl.constexpr,
+    BLOCK_INTS: tl.constexpr,
     TILE_INTS: tl.constexpr,
     UNIT: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -90,16 +106,19 @@ def _gate_up_silu(
     for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):
         band = tile // (TOGETHER * across) * TOGETHER
         high = tl.minimum(down - band, TOGETHER)
-        row = (band + tile % (TOGETHER * across) % high) * BM
-        column = tile % (TOGETHER * across) // high * BN
+        within = tile % (TOGETHER * across)
+        column = within // high
+        row = (band + (within + column) % high) * BM  # a program meets all rows: some have more to add than others
+        column *= BN
         if LORA:  # what most tiles have to add is read ahead of the sums: it is there when they are
-            lora = (arena, z, z_split, max_rank, desc + module * (1 + blocks), desc_stride, blocks)
-            head = tiles + row // BM * TILE_INTS
-            first = tl.load(head)
-            past = tl.load(head + 1)
-            run = tl.load(head + 2), tl.load(head + 3), tl.load(head + 4)
-            gate_part, gate_b, gate_rank = _block(lora, run, 0, 0, row, column, size, UNIT, SPLITS, BM, BN)
-            up_part, up_b, up_rank = _block(lora, run, 1, 0, row, column, size, UNIT, SPLITS, BM, BN)
+            lora = (arena, z, z_split, max_rank, desc + module * (1 + rank_blocks), desc_stride, rank_blocks)
+            of_tile = tiles + row // BM * TILE_INTS
+            first, past = tl.load(of_tile), tl.load(of_tile + 1)
+            head = _head(lora, of_tile + 4, first < past)
+            gate_z, gate_b, gate_width, up_z, up_b, up_width = _load(
+                lora, head, row, column, size, UNIT, SPLITS, BM, BN
+            )  # fmt: skip
+            head = _head(lora, blocks + (first + 1) * BLOCK_INTS, first + 1 < past)
         gate = tl.zeros([BM, BN], tl.float32)
         up = tl.zeros([BM, BN], tl.float32)
         for k in tl.range(0, inner, BK, num_stages=STAGES):
@@ -107,13 +126,15 @@ def _gate_up_silu(
             gate = tl.dot(xx, weight.load([column, k]).T, gate, input_precision="ieee")
             up = tl.dot(xx, weight.load([size + column, k]).T, up, input_precision="ieee")
         if LORA:
-            gate = tl.dot(gate_part, tl.trans(gate_b), gate, input_precision="ieee")
-            up = tl.dot(up_part, tl.trans(up_b), up, input_precision="ieee")
-            if (past > first + 1) | (gate_rank > 16) | (up_rank > 16):
-                gate = _add_blocks(
-                    gate, lora, runs, first, past, 0, row, column, size, RUN_INTS, UNIT, SPLITS, BM, BN
+            gate = _add(gate, gate_z, gate_b, gate_width)
+            up = _add(up, up_z, up_b, up_width)
+            for at in tl.range(first + 1, past, num_stages=1):  # few: a pipeline would cost more than it saves
+                gate_z, gate_b, gate_width, up_z, up_b, up_width = _load(
+                    lora, head, row, column, size, UNIT, SPLITS, BM, BN
                 )  # fmt: skip
-                up = _add_blocks(up, lora, runs, first, past, 1, row, column, size, RUN_INTS, UNIT, SPLITS, BM, BN)
+                head = _head(lora, blocks + (at + 1) * BLOCK_INTS, at + 1 < past)
+                gate = _add(gate, gate_z, gate_b, gate_width)
+                up = _add(up, up_z, up_b, up_width)
         if BIAS:
             i = column + tl.arange(0, BN)
             gate += tl.load(bias + i, mask=i < size, other=0.0).to(tl.float32)[None, :]
@@ -156,7 +177,7 @@ def gate_up_silu(
         x if bias is None else bias,
     )
     constants = {
-        "BIAS": bias is not None, "RUN_INTS": RUN_INTS, "TILE_INTS": TILE_INTS, "UNIT": piece_unit(x.element_size()),
+        "BIAS": bias is not None, "BLOCK_INTS": BLOCK_INTS, "TILE_INTS": TILE_INTS, "UNIT": piece_unit(x.itemsize),
         "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.inner, "STAGES": tiles.stages, "TOGETHER": tiles.together,
         "num_warps": tiles.warps,
     }  # fmt: skip
@@ -169,7 +190,7 @@ def gate_up_silu(
         *tensors,
         delta.arena,
         meta.z,
-        meta.runs,
+        meta.blocks,
         meta.tiles,
         meta.expand_desc,
         rows,

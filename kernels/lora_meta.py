@@ -23,12 +23,13 @@ LORA_ROWS = (8, 12, 16, 20)  # of each group; kernels are given their addresses,
 HEADER = 24
 WORK_INTS = 8  # first row, rows, slot, rank block, item, 0, 0, 0
 ITEM_INTS = 4  # first row, rows, slot, 0
-RUN_INTS = 4  # first row, rows, first item, 0
-TILE_INTS = 8  # first run, one past its last; of the first run: first row, one past its last, first item; 0, 0, 0
+BLOCK_INTS = 4  # first row, one past the last, an item, rank block
+TILE_INTS = 8  # first block, one past the last, 0, 0; the first block as above
 GATE_UP_ROWS = 128  # of a tile of gate_up's product in large steps
-LORA_LISTS = ("lora_runs", "lora_tiles", "lora_items", "lora_work")
+LORA_LISTS = ("lora_blocks", "lora_tiles", "lora_items", "lora_work")
 LORA_MODULES = 7
 GROUP_STARTS = (0, 3, 4, 6)  # first module of each group that reads one input: qkv, o, gate_up, down
+GATE_UP = 2  # its index
 ALIGN = 4  # int32 elements; every field starts at a multiple of 16 bytes
 
 
@@ -87,13 +88,13 @@ class LoraBounds:
         return self.items * self.rank_blocks
 
     @property
-    def runs(self) -> int:
-        return min(self.slots, self.tokens)
+    def blocks(self) -> int:
+        return min(self.slots, self.tokens) * self.rank_blocks
 
     def fields(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """The LoRA part of a PackedLayout."""
         tiles = -(-self.tokens // GATE_UP_ROWS)
-        shapes = (self.runs, RUN_INTS), (tiles, TILE_INTS), (self.items, ITEM_INTS), (self.work, WORK_INTS)
+        shapes = (self.blocks, BLOCK_INTS), (tiles, TILE_INTS), (self.items, ITEM_INTS), (self.work, WORK_INTS)
         return tuple(zip(LORA_LISTS, shapes, strict=True))
 
 
@@ -106,15 +107,14 @@ def pack_lora(
     """Fill the LoRA lists, and their lengths in `counts`.
 
     groups: (slot, tokens) of the adapters' rows in batch order; rows lie together by slot from row 0 on, the base's
-    come last and are not listed. A run is all rows of one slot, an item at most `tile` of them, a unit of work one rank
-    block of an item. A group that none of the adapters has counts no rows: nothing of it is computed or added.
+    come last and are not listed. An item is at most `tile` rows of one slot, a unit of work one rank block of an item.
+    A group that none of the adapters has counts no rows: nothing of it is computed or added.
     """
-    runs, tiles, items, work = (fields[name] for name in LORA_LISTS)
+    blocks_of, tiles, items, work = (fields[name] for name in LORA_LISTS)
     slots, tokens = np.array(groups, np.int32).reshape(-1, 2).T
     counted = -(-tokens // tile)
     starts, first_items = np.cumsum(tokens) - tokens, np.cumsum(counted) - counted
-    runs[: len(slots), :3] = np.stack([starts, tokens, first_items], 1)
-    _pack_tiles(tiles, runs[: len(slots)])
+    _pack_tiles(blocks_of, tiles, np.stack([starts, starts + tokens, first_items], 1), slot_blocks[slots, GATE_UP])
     owner = np.repeat(np.arange(len(slots)), counted)  # each item's group
     nth = np.arange(len(owner)) - first_items[owner]
     lora = items[: len(owner)]
@@ -132,15 +132,20 @@ def pack_lora(
     counts[list(LORA_ROWS)] = np.where(slot_blocks[slots].any(0), tokens.sum(), 0)
 
 
-def _pack_tiles(tiles: Ints, runs: Ints) -> None:
-    """The runs that each tile of gate_up's product has rows of, and the first of them, or none."""
-    rows, ends = np.arange(len(tiles)) * GATE_UP_ROWS, runs[:, 0] + runs[:, 1]
-    tiles[:, 0] = np.searchsorted(ends, rows, "right")
-    tiles[:, 1] = np.searchsorted(runs[:, 0], rows + GATE_UP_ROWS)
+def _pack_tiles(blocks: Ints, tiles: Ints, runs: Ints, counts: Ints) -> None:
+    """The rank blocks of gate and up whose rows each tile of their product has some of.
+
+    runs: [slots, 3], first row of each slot, one past its last, its first item; counts: [slots], its rank blocks.
+    """
+    rows, run = np.arange(len(tiles)) * GATE_UP_ROWS, np.repeat(np.arange(len(runs)), counts)
+    used = blocks[: len(run)]
+    used[:, :3] = runs[run]
+    used[:, 3] = np.arange(len(run)) - (np.cumsum(counts) - counts)[run]
+    tiles[:, 0] = np.searchsorted(used[:, 1], rows, "right")
+    tiles[:, 1] = np.searchsorted(used[:, 0], rows + GATE_UP_ROWS)
+    tiles[:, 2:] = 0
     has = tiles[:, 0] < tiles[:, 1]
-    first = tiles[has, 0]
-    tiles[:, 2:5] = 0
-    tiles[has, 2:5] = np.stack([runs[first, 0], ends[first], runs[first, 2]], 1)
+    tiles[has, 4:] = used[tiles[has, 0]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +154,8 @@ class LoraMeta:
 
     bounds: LoraBounds
     counts: Tensor  # [HEADER] int32
-    runs: Tensor  # [runs, RUN_INTS] int32
-    tiles: Tensor  # [tiles of GATE_UP_ROWS rows, TILE_INTS] int32
+    blocks: Tensor  # [blocks, BLOCK_INTS] int32: of gate and up
+    tiles: Tensor  # [tiles of GATE_UP_ROWS rows, TILE_INTS] int32: which blocks each has rows of
     items: Tensor  # [items, ITEM_INTS] int32
     work: Tensor  # [work, WORK_INTS] int32
     shrink_desc: Tensor  # [work, layers * 7, 2] int32: offset of A's piece, its ranks (0: nothing to do)
@@ -193,8 +198,8 @@ class LoraWorkspace:
         shrink = self.shrink_desc[: bounds.work * modules * 2].view(bounds.work, modules, 2)
         row = 1 + bounds.rank_blocks
         expand = self.expand_desc[: bounds.items * modules * row].view(bounds.items, modules, row)
-        runs, tiles, items, work = (fields[name] for name in LORA_LISTS)
-        return LoraMeta(bounds, fields["counts"], runs, tiles, items, work, shrink, expand, self.z)
+        blocks, tiles, items, work = (fields[name] for name in LORA_LISTS)
+        return LoraMeta(bounds, fields["counts"], blocks, tiles, items, work, shrink, expand, self.z)
 
 
 MAX_SPLITS = 16  # parts of the inner dimension in a shrink

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from kernels import lora_meta
 from kernels.lora_meta import (
+    GATE_UP,
     GATE_UP_ROWS,
     GROUP_STARTS,
     HEADER,
@@ -44,23 +45,24 @@ def test_every_row_and_rank_block_once(tokens: list[int], tile: int, data: st.Da
     assert (items[: counts[LORA_ITEMS], 1] <= tile).all()
 
 
-@given(tokens=st.lists(st.integers(1, 300), max_size=6), more=st.integers(0, 300), tile=st.sampled_from([16, 128]))
-def test_each_tile_has_the_runs_of_its_rows(tokens: list[int], more: int, tile: int) -> None:
-    bounds = LoraBounds(tokens=sum(tokens) + more + 1, tile=tile, slots=6, rank_blocks=1)
+@given(tokens=st.lists(st.integers(1, 300), max_size=6), more=st.integers(0, 300), data=st.data())
+def test_each_tile_has_the_blocks_of_its_rows(tokens: list[int], more: int, data: st.DataObject) -> None:
+    counts = data.draw(st.lists(st.integers(0, 3), min_size=6, max_size=6))
+    slot_blocks = np.full((6, len(GROUP_STARTS)), 3, np.int32)
+    slot_blocks[:, GATE_UP] = counts
+    bounds = LoraBounds(tokens=sum(tokens) + more + 1, tile=16, slots=6, rank_blocks=3)
     fields = {name: np.full(shape, 2**30, np.int32) for name, shape in (("counts", (HEADER,)), *bounds.fields())}
-    pack_lora(fields, list(enumerate(tokens)), np.ones((6, len(GROUP_STARTS)), np.int32), tile)
-    runs, items = fields["lora_runs"], fields["lora_items"]
+    pack_lora(fields, list(enumerate(tokens)), slot_blocks, 16)
     owner = np.repeat(np.arange(len(tokens)), tokens)
-    for index, (first, past, begin, end, item) in enumerate(fields["lora_tiles"][:, :5].tolist()):
-        assert sorted(set(owner[index * GATE_UP_ROWS : (index + 1) * GATE_UP_ROWS])) == list(range(first, past))
-        if first == past:
-            assert (begin, end, item) == (0, 0, 0)
-        else:
-            assert [begin, end - begin, item] == runs[first, :3].tolist()
-    for slot, (begin, rows, item) in enumerate(runs[: len(tokens), :3].tolist()):
-        assert (owner[begin : begin + rows] == slot).all()
-        assert rows == tokens[slot]
-        assert items[item, [0, 2]].tolist() == [begin, slot]
+    for index, (first, past, _, _, *own) in enumerate(fields["lora_tiles"].tolist()):
+        slots = sorted(set(owner[index * GATE_UP_ROWS : (index + 1) * GATE_UP_ROWS].tolist()))
+        found = fields["lora_blocks"][first:past].tolist()
+        assert own == (found[0] if found else [0] * 4)
+        assert [block for *_, block in found] == [block for slot in slots for block in range(counts[slot])]
+        for begin, end, item, _ in found:
+            slot = owner[begin]
+            assert np.flatnonzero(owner == slot)[[0, -1]].tolist() == [begin, end - 1]
+            assert fields["lora_items"][item, [0, 2]].tolist() == [begin, slot]
 
 
 def test_fields_share_one_array_and_start_aligned() -> None:
