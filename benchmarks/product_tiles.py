@@ -55,19 +55,21 @@ class Axes:
     parts: tuple[int, ...]  # of the inner dimension, where they are summed
     inner: tuple[int, ...]
     warps: tuple[int, ...]
+    tma_rows: int  # above which tiles are loaded whole, too
     repeats: int
 
     def tiles(self, shape: Shape, rows: int, device: torch.device) -> Iterator[ProductTiles]:
         tile = max(16, power_of_two(rows))
-        axes = self.columns, self.parts if shape.summed else (1,), self.inner, self.warps
-        for columns, parts, inner, warps in itertools.product(*axes):
+        tma = (False, True) if rows > self.tma_rows else (False,)
+        axes = self.columns, self.parts if shape.summed else (1,), self.inner, self.warps, tma
+        for columns, parts, inner, warps, whole in itertools.product(*axes):
             programs = max(cdiv(shape.features, columns), multiprocessors(device) // parts)
             line = (columns + tile) * inner * 2
             if columns * tile > MOST_SUMS * warps * 32 or shape.inner % (inner * parts):
                 continue
             for stages in {min(6, memory // line) for memory in (PRODUCT_MEMORY, SHARED_MEMORY)}:
                 if stages >= 3:
-                    yield ProductTiles(programs, parts, columns, tile, inner, warps, stages)
+                    yield ProductTiles(programs, parts, columns, tile, inner, warps, stages, tma=whole)
 
 
 FULL = Axes(
@@ -82,6 +84,7 @@ FULL = Axes(
     parts=(1, 2, 4, 8),
     inner=(64, 128),
     warps=(4, 8),
+    tma_rows=32,
     repeats=15,
 )
 SMALL = Axes(
@@ -91,6 +94,7 @@ SMALL = Axes(
     parts=(1, 2),
     inner=(64,),
     warps=(4,),
+    tma_rows=1,
     repeats=2,
 )
 
@@ -159,7 +163,7 @@ def measure(report: Report, axes: Axes, measured: Measured) -> None:
 
 def told(tiles: ProductTiles) -> str:
     shape = f"{tiles.programs} x {tiles.parts} of {tiles.columns} x {tiles.inner}"
-    return f"{shape}, {tiles.warps} warps, {tiles.stages} stages"
+    return f"{shape}, {tiles.warps} warps, {tiles.stages} stages{', whole' if tiles.tma else ''}"
 
 
 def compile_all(axes: Axes, all_measured: Sequence[Measured]) -> None:

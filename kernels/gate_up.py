@@ -158,7 +158,8 @@ def gate_up_silu(
     out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, delta: GateUpDelta | None = None
 ) -> None:
     """x: [tokens, in], rows contiguous; weight: [2 * size, in] contiguous, gate before up; bias: [2 * size]; out:
-    [tokens, size]; all of one dtype, rows of multiples of 16 bytes. The device has TMA (compute capability 9).
+    [tokens, size]; all of one dtype, rows of multiples of 16 bytes. The device has TMA (compute capability 9). delta:
+    of a step of 256 tokens or more.
 
     Semantics: y[t, n] = sum_k x[t, k] weight[n, k] (+ bias[n]) (+ the delta that lora_expand would add), in float32;
     out[t, i] = silu(y[t, i]) * y[t, size + i], rounded once.
@@ -186,6 +187,8 @@ def gate_up_silu(
         return
     meta, group = delta.meta, delta.group
     require(rows <= meta.bounds.tokens and group.features == (size, size), "the delta is of another shape")
+    splits = shrink_tiles(meta.bounds, group, x.element_size()).splits
+    require(splits <= 2, "shrink of so few rows has too many parts")
     kernel(
         *tensors,
         delta.arena,
@@ -202,6 +205,6 @@ def gate_up_silu(
         meta.bounds.tokens * 2 * meta.max_rank,
         meta.max_rank,
         LORA=True,
-        SPLITS=shrink_tiles(meta.bounds, group, x.element_size()).splits,
+        SPLITS=splits,
         **constants,
     )

@@ -11,6 +11,7 @@ from kernels.lora_meta import GATE_UP_ROWS, LoraBounds, LoraGroup, split_bound
 DECODE_TILE, PREFILL_TILE = 16, 128  # rows of a LoRA work item in small steps, and in those of many tokens
 SMALL_STEP = 2048  # tokens of the largest small step: an item of few rows costs as much as its tile
 PRODUCT_ROWS, PRODUCT_PARTS = 64, 2  # of the largest product that is ours, and the most parts it is made in
+TMA_ROWS = 96  # of a product above which it pays to load tiles whole
 PRODUCT_MEMORY, SHARED_MEMORY = 222 << 10, 132 << 10  # bytes of a multiprocessor's that a product takes, alone and not
 SHARED_REGISTERS = 168  # a thread's, of a product whose sums are large: an expand has to fit beside it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -112,7 +113,7 @@ def expand_tiles(bounds: LoraBounds, itemsize: int) -> ExpandTiles:
 class ProductTiles:
     """programs: shares of the output features; parts: of the inner dimension; columns, rows, inner: of a tile.
 
-    registers: a thread's at most.
+    registers: a thread's at most; tma: loads tiles whole.
     """
 
     programs: int
@@ -123,6 +124,7 @@ class ProductTiles:
     warps: int
     stages: int
     registers: int | None = None
+    tma: bool = False
 
 
 def product_tiles(
@@ -139,7 +141,7 @@ def product_tiles(
 
     summed: the reader adds parts up, so that a weight of few output features still fills a tile. shared: shrink and
     expand are to find room beside it; with more than 64 rows the room is worth more to the product. It keeps four
-    tiles under way even so: with two, a product alone is a sixth slower.
+    tiles under way even so: with two, a product alone is a sixth slower. Nearly full tiles of 128 rows come by TMA.
     """
     parts = PRODUCT_PARTS if summed and 16 < cdiv(features, multiprocessors) <= 32 and inner >= 2048 else 1
     programs = max(1, multiprocessors // parts)
@@ -149,9 +151,10 @@ def product_tiles(
     line, least = (columns + tile) * itemsize, 4 if shared else 3
     wide = 128 if line * 128 * least <= memory else 64
     stages = max(least, min(6, memory // (line * wide)))
-    warps = 8 if columns > 128 or columns * tile > 4096 else 4
+    tma = rows > TMA_ROWS and inner * itemsize % 16 == 0
+    warps = 8 if columns > 128 or columns * tile > (8192 if tma else 4096) else 4
     registers = SHARED_REGISTERS if shared and tile <= 64 and columns * tile > 8192 else None
-    return ProductTiles(programs, parts, columns, tile, wide, warps, stages, registers)
+    return ProductTiles(programs, parts, columns, tile, wide, warps, stages, registers, tma)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ read, and a launch that overlaps the one before it has its first bytes on their 
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.fetch import fetch
 from kernels.launch import dependent, limited, multiprocessors, product_tiles, require, require_rows
@@ -20,6 +21,8 @@ def _product(
     out,
     x,
     weight,
+    x_tiles,
+    weight_tiles,
     bias,
     features,
     inner,
@@ -37,6 +40,7 @@ def _product(
     BIAS: tl.constexpr,
     LANES: tl.constexpr,
     AHEAD: tl.constexpr,
+    TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: an equal share of the output features, one part of the inner dimension, all rows."""
@@ -67,7 +71,10 @@ def _product(
     x_mask = (m < rows)[:, None]
     for at in tl.range(begin, begin + steps * BK, BK, num_stages=STAGES):
         column = (at + k)[None, :]
-        if EVEN:
+        if TMA:  # what it loads beyond the share is not stored
+            ww = weight_tiles.load([first, at])
+            xx = x_tiles.load([0, at])
+        elif EVEN:
             ww = tl.load(w_rows + column, mask=w_mask, other=0.0)
             xx = tl.load(x_rows + column, mask=x_mask, other=0.0)
         else:
@@ -109,10 +116,17 @@ def product(
     )
     require(tiles.parts == (out.shape[0] if summed else 1), f"out does not hold {tiles.parts} parts")
     line = inner * x.element_size()
+    whole = x, weight
+    if tiles.tma:
+        whole = (
+            TensorDescriptor.from_tensor(x, [tiles.rows, tiles.inner]),
+            TensorDescriptor.from_tensor(weight, [tiles.columns, tiles.inner]),
+        )
     _product[(tiles.programs * tiles.parts,)](
         out,
         x,
         weight,
+        *whole,
         weight if bias is None else bias,
         features,
         inner,
@@ -130,6 +144,7 @@ def product(
         BIAS=bias is not None,
         LANES=tiles.columns,
         AHEAD=min(AHEAD, line) if line % 16 == 0 else 0,
+        TMA=tiles.tma,
         PDL=pdl,
         num_warps=tiles.warps,
         **limited(tiles.registers),

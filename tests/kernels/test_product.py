@@ -16,7 +16,9 @@ def weight_of(features: int, inner: int, dtype: torch.dtype, device: torch.devic
 
 
 @pytest.mark.parametrize(
-    ("rows", "features", "inner"), [(1, 72, 96), (5, 200, 72), (16, 24, 264), (40, 130, 64), (100, 96, 128)], ids=str
+    ("rows", "features", "inner"),
+    [(1, 72, 96), (5, 200, 72), (16, 24, 264), (40, 130, 64), (100, 96, 128), (120, 200, 72)],
+    ids=str,
 )
 def test_product(rows: int, features: int, inner: int, dtype: torch.dtype, device: torch.device) -> None:
     torch.manual_seed(rows)
@@ -66,6 +68,8 @@ def test_tiles_hold_every_share(rows: int, features: int, inner: int) -> None:
         assert tiles.stages >= (4 if shared else 2)
         assert (tiles.columns + tiles.rows) * tiles.inner * tiles.stages * 2 <= 227 << 10
         assert tiles.parts == 1 or summed
+        assert tiles.tma == (rows == 128)
+        assert tiles.columns * tiles.rows <= 128 * 32 * tiles.warps  # sums of a thread
 
 
 def test_refuses_parts_that_do_not_fit(device: torch.device) -> None:
