@@ -53,6 +53,7 @@ def _load(lora, head, row, column, size, UNIT: tl.constexpr, SPLITS: tl.constexp
 def _side(
     arena, place, ranks, z, z_split, own, column, size, UNIT: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr
 ):
+    """z, B and its width of one of the two; ranks: from the block's first on."""
     r = tl.arange(0, 16)
     width = tl.multiple_of(tl.minimum(tl.maximum(ranks, 0), 16), 8)
     column += tl.arange(0, BN)

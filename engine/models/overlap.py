@@ -73,4 +73,4 @@ def default_overlap(device: torch.device) -> Overlap:
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     if major < 9:
         return OFF
-    return Overlap() if major < 12 else Overlap(products=0)
+    return Overlap() if major < 12 else Overlap(products=0, large=NEVER)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.models.overlap import FIRST_TOKENS, LARGE_TOKENS, OFF, PDL_TOKENS, Overlap, default_overlap
+from engine.models.overlap import FIRST_TOKENS, LARGE_TOKENS, NEVER, OFF, PDL_TOKENS, Overlap, default_overlap
 from kernels.launch import PRODUCT_ROWS
 from kernels.lora_meta import GROUP_STARTS, LoraGroup
 
@@ -79,7 +79,7 @@ def test_products_of_four_bytes_an_element_are_the_librarys() -> None:
 
 @pytest.mark.parametrize(
     ("capability", "overlap"),
-    [((8, 9), OFF), ((9, 0), Overlap()), ((10, 3), Overlap()), ((12, 0), Overlap(products=0))],
+    [((8, 9), OFF), ((9, 0), Overlap()), ((10, 3), Overlap()), ((12, 0), Overlap(products=0, large=NEVER))],
     ids=str,
 )
 def test_a_card_overlaps_what_it_can(
