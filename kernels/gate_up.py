@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.launch import cdiv, gate_up_tiles, multiprocessors, require, require_rows, shrink_tiles
 from kernels.layout import piece_unit
 from kernels.lora_meta import BLOCK_INTS, LORA_MODULES, TILE_INTS, LoraGroup, LoraMeta
+from kernels.silu_mul import silu_times
 
 
 @triton.jit
@@ -66,7 +67,7 @@ def _side(
 
 @triton.jit
 def _add(acc, parts, bb, width):
-    """acc + z @ B.T. Here, not where it is loaded, is what waits for it: so a sum lies between."""
+    """acc + z @ B.T. The loads pass through an operation: bare ones Triton would wait for where they stand."""
     bb = tl.where((tl.arange(0, 16) < width)[None, :], bb, 0.0)
     return tl.dot(tl.sum(parts, 0).to(bb.dtype), tl.trans(bb), acc, input_precision="ieee")
 
@@ -140,9 +141,7 @@ def _gate_up_silu(
             i = column + tl.arange(0, BN)
             gate += tl.load(bias + i, mask=i < size, other=0.0).to(tl.float32)[None, :]
             up += tl.load(bias + size + i, mask=i < size, other=0.0).to(tl.float32)[None, :]
-        fall = tl.exp(-tl.abs(gate))  # never overflows
-        value = gate * up * tl.where(gate >= 0, 1.0, fall) / (1.0 + fall)
-        out.store([row, column], value.to(out.dtype))
+        out.store([row, column], silu_times(gate, up).to(out.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +159,7 @@ def gate_up_silu(
 ) -> None:
     """x: [tokens, in], rows contiguous; weight: [2 * size, in] contiguous, gate before up; bias: [2 * size]; out:
     [tokens, size]; all of one dtype, rows of multiples of 16 bytes. The device has TMA (compute capability 9). delta:
-    of a step of 256 tokens or more.
+    of a large step.
 
     Semantics: y[t, n] = sum_k x[t, k] weight[n, k] (+ bias[n]) (+ the delta that lora_expand would add), in float32;
     out[t, i] = silu(y[t, i]) * y[t, size + i], rounded once.
@@ -188,8 +187,7 @@ def gate_up_silu(
         return
     meta, group = delta.meta, delta.group
     require(rows <= meta.bounds.tokens and group.features == (size, size), "the delta is of another shape")
-    splits = shrink_tiles(meta.bounds, group, x.element_size()).splits
-    require(splits <= 2, "shrink of so few rows has too many parts")
+    require(meta.bounds.large, "the step is too small to have lists for the tiles")
     kernel(
         *tensors,
         delta.arena,
@@ -206,6 +204,6 @@ def gate_up_silu(
         meta.bounds.tokens * 2 * meta.max_rank,
         meta.max_rank,
         LORA=True,
-        SPLITS=splits,
+        SPLITS=shrink_tiles(meta.bounds, group, x.element_size()).splits,
         **constants,
     )

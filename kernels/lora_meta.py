@@ -26,7 +26,7 @@ ITEM_INTS = 4  # first row, rows, slot, 0
 BLOCK_INTS = 4  # first row, one past the last, an item, rank block
 TILE_INTS = 8  # first block, one past the last, 0, 0; the first block as above
 GATE_UP_ROWS = 128  # of a tile of gate_up's product in large steps
-LORA_LISTS = ("lora_blocks", "lora_tiles", "lora_items", "lora_work")
+LARGE_TOKENS = 1024  # of the smallest large step: that product takes its delta in, tile by tile
 LORA_MODULES = 7
 GROUP_STARTS = (0, 3, 4, 6)  # first module of each group that reads one input: qkv, o, gate_up, down
 GATE_UP = 2  # its index
@@ -88,14 +88,16 @@ class LoraBounds:
         return self.items * self.rank_blocks
 
     @property
-    def blocks(self) -> int:
-        return min(self.slots, self.tokens) * self.rank_blocks
+    def large(self) -> bool:
+        return self.tokens >= LARGE_TOKENS
 
     def fields(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """The LoRA part of a PackedLayout."""
-        tiles = -(-self.tokens // GATE_UP_ROWS)
-        shapes = (self.blocks, BLOCK_INTS), (tiles, TILE_INTS), (self.items, ITEM_INTS), (self.work, WORK_INTS)
-        return tuple(zip(LORA_LISTS, shapes, strict=True))
+        lists = ("lora_items", (self.items, ITEM_INTS)), ("lora_work", (self.work, WORK_INTS))
+        if not self.large:
+            return lists
+        blocks, tiles = min(self.slots, self.tokens) * self.rank_blocks, -(-self.tokens // GATE_UP_ROWS)
+        return *lists, ("lora_blocks", (blocks, BLOCK_INTS)), ("lora_tiles", (tiles, TILE_INTS))
 
 
 def pack_lora(
@@ -110,26 +112,30 @@ def pack_lora(
     come last and are not listed. An item is at most `tile` rows of one slot, a unit of work one rank block of an item.
     A group that none of the adapters has counts no rows: nothing of it is computed or added.
     """
-    blocks_of, tiles, items, work = (fields[name] for name in LORA_LISTS)
+    counts, items, work = (fields[name] for name in ("counts", "lora_items", "lora_work"))
     slots, tokens = np.array(groups, np.int32).reshape(-1, 2).T
-    counted = -(-tokens // tile)
-    starts, first_items = np.cumsum(tokens) - tokens, np.cumsum(counted) - counted
-    _pack_tiles(blocks_of, tiles, np.stack([starts, starts + tokens, first_items], 1), slot_blocks[slots, GATE_UP])
-    owner = np.repeat(np.arange(len(slots)), counted)  # each item's group
-    nth = np.arange(len(owner)) - first_items[owner]
+    starts, tiles = np.cumsum(tokens) - tokens, -(-tokens // tile)
+    owner, nth = _spread(tiles)  # each item's group
     lora = items[: len(owner)]
     lora[:, 0] = starts[owner] + nth * tile
     lora[:, 1] = np.minimum(tokens[owner] - nth * tile, tile)
     lora[:, 2] = slots[owner]
-    blocks = np.maximum(slot_blocks[lora[:, 2]].max(1), 1)
-    item = np.repeat(np.arange(len(owner)), blocks)
+    item, block = _spread(np.maximum(slot_blocks[lora[:, 2]].max(1), 1))
     units = work[: len(item)]
     units[:, :3] = lora[item, :3]
-    units[:, 3] = np.arange(len(item)) - (np.cumsum(blocks) - blocks)[item]
+    units[:, 3] = block
     units[:, 4] = item
-    counts = fields["counts"]
     counts[LORA_WORK], counts[LORA_ITEMS] = len(item), len(owner)
     counts[list(LORA_ROWS)] = np.where(slot_blocks[slots].any(0), tokens.sum(), 0)
+    if "lora_tiles" in fields:
+        runs = np.stack([starts, starts + tokens, np.cumsum(tiles) - tiles], 1)
+        _pack_tiles(fields["lora_blocks"], fields["lora_tiles"], runs, slot_blocks[slots, GATE_UP])
+
+
+def _spread(counts: Ints) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]:
+    """Things of which counts[i] are i's: whose each is, and its number among them."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
 
 
 def _pack_tiles(blocks: Ints, tiles: Ints, runs: Ints, counts: Ints) -> None:
@@ -137,10 +143,10 @@ def _pack_tiles(blocks: Ints, tiles: Ints, runs: Ints, counts: Ints) -> None:
 
     runs: [slots, 3], first row of each slot, one past its last, its first item; counts: [slots], its rank blocks.
     """
-    rows, run = np.arange(len(tiles)) * GATE_UP_ROWS, np.repeat(np.arange(len(runs)), counts)
+    rows, (run, block) = np.arange(len(tiles)) * GATE_UP_ROWS, _spread(counts)
     used = blocks[: len(run)]
     used[:, :3] = runs[run]
-    used[:, 3] = np.arange(len(run)) - (np.cumsum(counts) - counts)[run]
+    used[:, 3] = block
     tiles[:, 0] = np.searchsorted(used[:, 1], rows, "right")
     tiles[:, 1] = np.searchsorted(used[:, 0], rows + GATE_UP_ROWS)
     tiles[:, 2:] = 0
@@ -154,13 +160,13 @@ class LoraMeta:
 
     bounds: LoraBounds
     counts: Tensor  # [HEADER] int32
-    blocks: Tensor  # [blocks, BLOCK_INTS] int32: of gate and up
-    tiles: Tensor  # [tiles of GATE_UP_ROWS rows, TILE_INTS] int32: which blocks each has rows of
     items: Tensor  # [items, ITEM_INTS] int32
     work: Tensor  # [work, WORK_INTS] int32
     shrink_desc: Tensor  # [work, layers * 7, 2] int32: offset of A's piece, its ranks (0: nothing to do)
     expand_desc: Tensor  # [items, layers * 7, 1 + rank_blocks] int32: rank, offsets of B's pieces
     z: Tensor  # [elements] float32: shrink's partial products, [splits, tokens, modules, max_rank] in each launch
+    blocks: Tensor | None = None  # [blocks, BLOCK_INTS] int32: of gate and up, in large steps
+    tiles: Tensor | None = None  # [tiles of GATE_UP_ROWS rows, TILE_INTS] int32: which blocks each has rows of
     known: Sequence[int] | None = None  # rows of each group, where what is launched is for one step; None: for a graph
 
     @property
@@ -198,8 +204,10 @@ class LoraWorkspace:
         shrink = self.shrink_desc[: bounds.work * modules * 2].view(bounds.work, modules, 2)
         row = 1 + bounds.rank_blocks
         expand = self.expand_desc[: bounds.items * modules * row].view(bounds.items, modules, row)
-        blocks, tiles, items, work = (fields[name] for name in LORA_LISTS)
-        return LoraMeta(bounds, fields["counts"], blocks, tiles, items, work, shrink, expand, self.z)
+        return LoraMeta(
+            bounds, fields["counts"], fields["lora_items"], fields["lora_work"], shrink, expand, self.z,
+            blocks=fields.get("lora_blocks"), tiles=fields.get("lora_tiles"),
+        )  # fmt: skip
 
 
 MAX_SPLITS = 16  # parts of the inner dimension in a shrink

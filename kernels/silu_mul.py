@@ -11,6 +11,13 @@ BLOCK, WARPS = 2048, 8
 
 
 @triton.jit
+def silu_times(gate, up):
+    """silu(gate) * up, in float32."""
+    fall = tl.exp(-tl.abs(gate))  # never overflows
+    return gate * up * tl.where(gate >= 0, 1.0, fall) / (1.0 + fall)
+
+
+@triton.jit
 def _silu_mul(
     out,
     gate_up,
@@ -41,8 +48,7 @@ def _silu_mul(
         more = delta + row * delta_stride + i
         gate += tl.load(more, mask=lora, other=0.0).to(tl.float32)
         up += tl.load(more + size, mask=lora, other=0.0).to(tl.float32)
-    fall = tl.exp(-tl.abs(gate))  # never overflows
-    value = gate * up * tl.where(gate >= 0, 1.0, fall) / (1.0 + fall)
+    value = silu_times(gate, up)
     tl.store(out + row * out_stride + i, value.to(out.dtype.element_ty), mask=real)
 
 

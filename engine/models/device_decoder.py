@@ -206,12 +206,13 @@ class DeviceDecoder:
 
     def _feed_forward(self, index: int, layer: LayerWeights, hidden: Tensor, lora: LoraMeta | None) -> Tensor:
         rows, buffers = hidden.shape[0], self.buffers
-        gate_up, active = buffers.gate_up[:rows], buffers.active[:rows]
+        active = buffers.active[:rows]
         if self._overlap.merges(rows, layer.gate_up.weight):
             lora = self._shrink(index, self._gate_up, hidden, lora)
             shrunk = None if lora is None else GateUpDelta(self._arena, lora, index, self._gate_up)
             gate_up_silu(active, hidden, layer.gate_up.weight, layer.gate_up.bias, shrunk)
             return active
+        gate_up = buffers.gate_up[:rows]
         delta, delta_rows = self._product(index, self._gate_up, layer.gate_up, hidden, gate_up, lora)
         silu_mul(active, gate_up, delta=delta, delta_rows=delta_rows, pdl=self._pdl)
         return active

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from kernels.launch import PRODUCT_ROWS
-from kernels.lora_meta import LoraGroup
+from kernels.lora_meta import LARGE_TOKENS, LoraGroup
 
 PDL_TOKENS = 256  # of a step whose launches overlap; larger ones are bound by products
-LARGE_TOKENS = 1024
 FIRST_TOKENS = 32
 O_GROUP = 1  # of qkv, o, gate_up, down
 

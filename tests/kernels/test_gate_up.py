@@ -7,7 +7,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.gate_up import GateUpDelta, gate_up_silu
 from kernels.lora_gather import lora_gather
-from kernels.lora_meta import LoraBounds, LoraGroup
+from kernels.lora_meta import LARGE_TOKENS, LoraBounds, LoraGroup
 from kernels.lora_shrink import lora_shrink
 from tests.kernels.build import assert_close, make_adapters, make_lora_step
 from tests.kernels.test_product import weight_of
@@ -47,10 +47,10 @@ def test_gate_up_silu(
     delta = None
     if runs is not None:
         adapters = make_adapters(adapter_ranks(), SHAPES, 3, dtype, device, 0.2)
-        step = make_lora_step(LoraBounds(rows, tile, 4, 3), adapters, runs)
+        step = make_lora_step(LoraBounds(LARGE_TOKENS, tile, 4, 3), adapters, runs)
         lora_gather(step.meta, adapters.pieces, adapters.ranks)
         for module, part in enumerate(torch.split(y, INNER, 1), GROUP.first):
-            args = adapters.arena, adapters.pieces, adapters.ranks, step.slots, LAYER, module
+            args = adapters.arena, adapters.pieces, adapters.ranks, step.slots[:rows], LAYER, module
             part.copy_(reference.lora_expand(reference.lora_shrink(x.double(), *args), part, *args))
         lora_shrink(x, adapters.arena, step.meta, LAYER, GROUP)
         delta = GateUpDelta(adapters.arena, step.meta, LAYER, GROUP)

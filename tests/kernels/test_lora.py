@@ -117,9 +117,8 @@ def test_added_to_the_base_product(merged: str, exact: bool, dtype: torch.dtype,
     lora_gather(step.meta, adapters.pieces, adapters.ranks)
     x = torch.randn(40, GROUPS[merged].inner, device=device).to(dtype)
     width = sum(GROUPS[merged].features)
-    y = torch.randn(40, width + 8, device=device).to(torch.float32 if exact else dtype)[
-        :, :width
-    ]  # rows of a wider buffer
+    wider = torch.randn(40, width + 8, device=device).to(torch.float32 if exact else dtype)
+    y = wider[:, :width]
     out, wanted = run(adapters, step, x, y, GROUPS[merged], add=True)
     assert_close(out.to(dtype), wanted)
 

@@ -12,6 +12,7 @@ from kernels.lora_meta import (
     GATE_UP_ROWS,
     GROUP_STARTS,
     HEADER,
+    LARGE_TOKENS,
     LORA_ITEMS,
     LORA_ROWS,
     LORA_WORK,
@@ -50,7 +51,7 @@ def test_each_tile_has_the_blocks_of_its_rows(tokens: list[int], more: int, data
     counts = data.draw(st.lists(st.integers(0, 3), min_size=6, max_size=6))
     slot_blocks = np.full((6, len(GROUP_STARTS)), 3, np.int32)
     slot_blocks[:, GATE_UP] = counts
-    bounds = LoraBounds(tokens=sum(tokens) + more + 1, tile=16, slots=6, rank_blocks=3)
+    bounds = LoraBounds(tokens=max(sum(tokens), LARGE_TOKENS) + more, tile=16, slots=6, rank_blocks=3)
     fields = {name: np.full(shape, 2**30, np.int32) for name, shape in (("counts", (HEADER,)), *bounds.fields())}
     pack_lora(fields, list(enumerate(tokens)), slot_blocks, 16)
     owner = np.repeat(np.arange(len(tokens)), tokens)

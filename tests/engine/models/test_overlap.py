@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.models.overlap import FIRST_TOKENS, LARGE_TOKENS, NEVER, OFF, PDL_TOKENS, Overlap, default_overlap
+from engine.models.overlap import FIRST_TOKENS, NEVER, OFF, PDL_TOKENS, Overlap, default_overlap
 from kernels.launch import PRODUCT_ROWS
-from kernels.lora_meta import GROUP_STARTS, LoraGroup
+from kernels.lora_meta import GROUP_STARTS, LARGE_TOKENS, LoraGroup
 
 LONG = 3 * 64
 

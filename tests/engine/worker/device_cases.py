@@ -24,6 +24,7 @@ from engine.types import SamplingParams
 from engine.worker.device_start import start_device
 from engine.worker.shapes import Shapes
 from engine.worker.worker import Worker
+from kernels import lora_meta
 from kernels.gate_up import gate_up_silu
 from tests.engine.worker.harness import GREEDY, Driver, Request, make_pages, random_weights, start
 from tests.support.adapters import write_adapter
@@ -109,6 +110,7 @@ def test_families(family: str, tmp_path: Path) -> None:
 def test_products_do_what_follows(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of mostly adapters, of few, and of adapters that have none of most groups of modules."""
     folder = write_model(tmp_path / family, vocab=250, **FAMILIES[family])
+    monkeypatch.setattr(lora_meta, "LARGE_TOKENS", 8)
     triton, torch_ = drivers(folder)
     cast("Any", triton.worker._runner)._decoder.overlap(dataclasses.replace(OFF, large=8, widest=4))
     merged, added = Mock(wraps=gate_up_silu), Mock(wraps=device_decoder.add_product)

@@ -140,6 +140,6 @@ def test_long_contexts_have_shapes_of_their_own_but_no_graphs() -> None:
 def test_lists_of_lora_are_in_its_family_alone() -> None:
     shapes = Shapes(machine(two_windows=True), None)
     names = [{name for name, _ in shapes.choose(9, 2, lora=lora).layout.fields} for lora in (False, True)]
-    assert names[1] - names[0] == {"lora_blocks", "lora_tiles", "lora_items", "lora_work"}
+    assert names[1] - names[0] == {"lora_items", "lora_work"}
     assert "windowed_decode_items" in names[0]
     assert isinstance(shapes.choose(9, 2, lora=True).layout, PackedLayout)
