@@ -48,6 +48,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_queued_requests: int | None = None
     schedule_policy: str = "fcfs"  # fcfs | priority | fair
     schedule_patience: int = 64  # steps before a slot or memory is kept for who waits; -1: never
+    num_continuous_decode_steps: int | None = None  # between steps with new prompts; None: 0 on the CPU, 1 on a GPU
     lora_prefetch: bool = True  # adapters are copied to the arena before a slot is free for them
     lora_eviction_policy: str = "cost"  # cost: weighed by what bringing back takes | lru
     disable_radix_cache: bool = False

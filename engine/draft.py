@@ -18,6 +18,7 @@ class PlanLimits:
     least: int  # what prompts get in any case
     chunking: bool  # a prompt may be computed in several steps
     max_wanted: int  # waiting adapters on the host, in queue order, that are copied ahead of a slot
+    decode_steps: int  # without new prompts behind a step that left nobody waiting
     prefetch: bool  # adapters are copied before a slot is free for them
     patience: int | None  # steps that a sequence waits before a slot, or a load before memory, is kept for it
 

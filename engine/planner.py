@@ -23,7 +23,12 @@ from engine.stats import Recorder
 
 
 class Planner:
-    """Decides; holds nothing but who has waited for a slot or for memory."""
+    """Decides; holds nothing but who has waited for a slot or for memory, and which steps new prompts spare.
+
+    A step with a prompt takes longer than one without, so prompts that come one by one are put together: behind a step
+    that took in everybody who waited, the next ones decode alone. Nobody waits longer than that, and nobody who waits
+    for room, a slot or an adapter: as long as somebody does, no step is spared.
+    """
 
     def __init__(
         self,
@@ -44,6 +49,7 @@ class Planner:
         self._roster = roster
         self._count = recorder.counters
         self._recorder = recorder
+        self._spared = 0  # the last step that takes no new prompts in while others decode
         self._slot_queue = SlotQueue(limits.patience, limits.least, roster)
         self._loading = Loading(limits, memory, residency, slots, roster, self._slot_queue, recorder)
 
@@ -59,7 +65,10 @@ class Planner:
             self._continue_prompt(draft, sequence)
         if not draft.tight:
             self._loading.start(draft, pinned)
-            self._admit(draft, now)
+            if prompts or not draft.rows or draft.step > self._spared:
+                self._admit(draft, now)
+        if draft.admissions and not self._roster.queue:
+            self._spared = draft.step + self._limits.decode_steps
         return self._issue(draft)
 
     def _wanted(self) -> list[Adapter]:

@@ -50,6 +50,7 @@ class SchedulerConfig:
     policy: str = "fcfs"
     prefix_cache: bool = True
     patience: int | None = 64  # steps before a slot or memory is kept for who waits; None: never
+    decode_steps: int = 0  # without new prompts behind a step that left nobody waiting
     prefetch: bool = True  # adapters are copied before a slot is free for them
     costs: Costs | None = None  # weights of eviction; None: least recently used
     first_adapter_id: int = 1
@@ -82,6 +83,7 @@ def scheduler_config(
 ) -> SchedulerConfig:  # fmt: skip
     """The engine's flags and the sizes that start-up found."""
     chunk = (2048 if on_gpu else 256) if config.chunked_prefill_size is None else config.chunked_prefill_size
+    spared = config.num_continuous_decode_steps
     return SchedulerConfig(
         num_chunks=num_chunks,
         block_tokens=block_tokens,
@@ -101,6 +103,7 @@ def scheduler_config(
         first_adapter_id=first_adapter_id,
         unix_offset=unix_offset,
         patience=config.schedule_patience if config.schedule_patience >= 0 else None,
+        decode_steps=int(on_gpu) if spared is None else spared,
         prefetch=config.lora_prefetch,
         costs=_costs(config.lora_eviction_policy, block_tokens, chunk_bytes, on_gpu),
     )
@@ -150,6 +153,7 @@ class Scheduler:
             chunking=config.prefill_tokens is not None,
             max_wanted=config.max_slots,
             patience=config.patience,
+            decode_steps=config.decode_steps,
             prefetch=config.prefetch,
         )
         self._planner = Planner(

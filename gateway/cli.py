@@ -111,6 +111,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         max_queued_requests=args.max_queued_requests,
         schedule_policy=args.schedule_policy,
         schedule_patience=args.schedule_patience,
+        num_continuous_decode_steps=args.num_continuous_decode_steps,
         lora_prefetch=not args.disable_lora_prefetch,
         lora_eviction_policy=args.lora_eviction_policy,
         disable_radix_cache=args.disable_radix_cache,

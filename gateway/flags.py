@@ -194,6 +194,11 @@ def _add_scheduling(parser: argparse.ArgumentParser) -> None:
         "--schedule-patience", type=patience, default=64, metavar="STEPS",
         help="steps that a sequence waits for a slot, or a load for memory, before it is kept for them; -1: never",
     )  # fmt: skip
+    add(
+        "--num-continuous-decode-steps", type=natural, metavar="STEPS",
+        help="steps without new prompts behind one that left nobody waiting: streams stutter less, a first token may come "
+        "that much later (default: 0 CPU, 1 GPU)",
+    )  # fmt: skip
     add("--disable-overlap-schedule", action="store_true", help="plan a step only when the one before has ended")
 
 

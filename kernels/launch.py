@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.lora_meta import GATE_UP_ROWS, LoraBounds, LoraGroup, split_bound
+from kernels.lora_meta import LARGE_ROWS, LoraBounds, LoraGroup, split_bound
 
 DECODE_TILE, PREFILL_TILE = 16, 128  # rows of a LoRA work item in small steps, and in those of many tokens
 SMALL_STEP = 2048  # tokens of the largest small step: an item of few rows costs as much as its tile
@@ -74,9 +74,14 @@ class ShrinkTiles:
 def shrink_splits(tokens: int, group: LoraGroup) -> int:
     """Parts of the inner dimension at decode: more end sooner, and make expand read more.
 
-    So small steps, and expands of few columns (o, down), bear more.
+    So small steps, and expands of few columns (o, down), bear more. Above 128 tokens the product waits for shrink to
+    end: parts of 1,024 inner features where there are few programs, larger ones where there are many.
     """
-    return 4 if tokens > 32 and len(group.features) > 1 else 8
+    if tokens <= 128:
+        return 4 if tokens > 32 and len(group.features) > 1 else 8
+    if len(group.features) > 1:
+        return 4 if tokens <= 256 else 2
+    return power_of_two(cdiv(group.inner, 1024))
 
 
 def shrink_tiles(bounds: LoraBounds, group: LoraGroup, itemsize: int) -> ShrinkTiles:
@@ -158,8 +163,8 @@ def product_tiles(
 
 
 @dataclass(frozen=True, slots=True)
-class GateUpTiles:
-    """columns: of gate, and as many of up; together: rows of tiles that are taken beside each other."""
+class LargeTiles:
+    """columns: of either half; together: rows of tiles that are taken beside each other."""
 
     rows: int
     columns: int
@@ -169,9 +174,16 @@ class GateUpTiles:
     together: int
 
 
-def gate_up_tiles(itemsize: int) -> GateUpTiles:
+def large_tiles(itemsize: int) -> LargeTiles:
     """Sums of 128 registers a thread, and inputs that leave a multiprocessor room for the result's tile."""
-    return GateUpTiles(GATE_UP_ROWS, 128, 128 // itemsize, 8, 3, 8)
+    return LargeTiles(LARGE_ROWS, 128, 128 // itemsize, 8, 3, 8)
+
+
+def large_fill(tokens: int, features: int, itemsize: int, multiprocessors: int) -> float:
+    """A large product's tiles over what the turns hold in which multiprocessors take them: 1 where the last is full."""
+    tiles = large_tiles(itemsize)
+    count = cdiv(tokens, tiles.rows) * cdiv(features, 2 * tiles.columns)
+    return count / (cdiv(count, multiprocessors) * multiprocessors)
 
 
 @dataclass(frozen=True, slots=True)

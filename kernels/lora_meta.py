@@ -25,11 +25,10 @@ WORK_INTS = 8  # first row, rows, slot, rank block, item, 0, 0, 0
 ITEM_INTS = 4  # first row, rows, slot, 0
 BLOCK_INTS = 4  # first row, one past the last, an item, rank block
 TILE_INTS = 8  # first block, one past the last, 0, 0; the first block as above
-GATE_UP_ROWS = 128  # of a tile of gate_up's product in large steps
-LARGE_TOKENS = 1024  # of the smallest large step: that product takes its delta in, tile by tile
+LARGE_ROWS = 128  # of a tile of the products of large steps
+LARGE_TOKENS = 1024  # of the smallest large step: its products take their deltas in, tile by tile
 LORA_MODULES = 7
 GROUP_STARTS = (0, 3, 4, 6)  # first module of each group that reads one input: qkv, o, gate_up, down
-GATE_UP = 2  # its index
 ALIGN = 4  # int32 elements; every field starts at a multiple of 16 bytes
 
 
@@ -96,7 +95,7 @@ class LoraBounds:
         lists = ("lora_items", (self.items, ITEM_INTS)), ("lora_work", (self.work, WORK_INTS))
         if not self.large:
             return lists
-        blocks, tiles = min(self.slots, self.tokens) * self.rank_blocks, -(-self.tokens // GATE_UP_ROWS)
+        blocks, tiles = min(self.slots, self.tokens) * self.rank_blocks, -(-self.tokens // LARGE_ROWS)
         return *lists, ("lora_blocks", (blocks, BLOCK_INTS)), ("lora_tiles", (tiles, TILE_INTS))
 
 
@@ -129,7 +128,7 @@ def pack_lora(
     counts[list(LORA_ROWS)] = np.where(slot_blocks[slots].any(0), tokens.sum(), 0)
     if "lora_tiles" in fields:
         runs = np.stack([starts, starts + tokens, np.cumsum(tiles) - tiles], 1)
-        _pack_tiles(fields["lora_blocks"], fields["lora_tiles"], runs, slot_blocks[slots, GATE_UP])
+        _pack_tiles(fields["lora_blocks"], fields["lora_tiles"], runs, slot_blocks[slots].max(1))
 
 
 def _spread(counts: Ints) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]:
@@ -139,16 +138,16 @@ def _spread(counts: Ints) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integ
 
 
 def _pack_tiles(blocks: Ints, tiles: Ints, runs: Ints, counts: Ints) -> None:
-    """The rank blocks of gate and up whose rows each tile of their product has some of.
+    """The rank blocks whose rows each tile of a product has some of.
 
     runs: [slots, 3], first row of each slot, one past its last, its first item; counts: [slots], its rank blocks.
     """
-    rows, (run, block) = np.arange(len(tiles)) * GATE_UP_ROWS, _spread(counts)
+    rows, (run, block) = np.arange(len(tiles)) * LARGE_ROWS, _spread(counts)
     used = blocks[: len(run)]
     used[:, :3] = runs[run]
     used[:, 3] = block
     tiles[:, 0] = np.searchsorted(used[:, 1], rows, "right")
-    tiles[:, 1] = np.searchsorted(used[:, 0], rows + GATE_UP_ROWS)
+    tiles[:, 1] = np.searchsorted(used[:, 0], rows + LARGE_ROWS)
     tiles[:, 2:] = 0
     has = tiles[:, 0] < tiles[:, 1]
     tiles[has, 4:] = used[tiles[has, 0]]
@@ -165,8 +164,8 @@ class LoraMeta:
     shrink_desc: Tensor  # [work, layers * 7, 2] int32: offset of A's piece, its ranks (0: nothing to do)
     expand_desc: Tensor  # [items, layers * 7, 1 + rank_blocks] int32: rank, offsets of B's pieces
     z: Tensor  # [elements] float32: shrink's partial products, [splits, tokens, modules, max_rank] in each launch
-    blocks: Tensor | None = None  # [blocks, BLOCK_INTS] int32: of gate and up, in large steps
-    tiles: Tensor | None = None  # [tiles of GATE_UP_ROWS rows, TILE_INTS] int32: which blocks each has rows of
+    blocks: Tensor | None = None  # [blocks, BLOCK_INTS] int32: in large steps
+    tiles: Tensor | None = None  # [tiles of LARGE_ROWS rows, TILE_INTS] int32: which blocks each has rows of
     known: Sequence[int] | None = None  # rows of each group, where what is launched is for one step; None: for a graph
 
     @property
@@ -222,5 +221,5 @@ def split_bound(bounds: LoraBounds) -> int:
     """Most parts of the inner dimension that a bucket's shrinks may use: many where few rows leave the device idle."""
     if bounds.tile > 16:
         return 2
-    splits = max(2, min(MAX_SPLITS, 1024 // bounds.tokens))
+    splits = max(2, min(MAX_SPLITS, 8192 // bounds.tokens))
     return 1 << (splits.bit_length() - 1)  # a power of two, so that few kernels are compiled

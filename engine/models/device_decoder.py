@@ -21,7 +21,7 @@ from engine.worker.accelerator import Accelerator
 from kernels.attention_decode import decode_attention
 from kernels.attention_meta import AttentionMeta
 from kernels.attention_prefill import prefill_attention
-from kernels.gate_up import GateUpDelta, gate_up_silu
+from kernels.large_product import Shrunk, gate_up_silu, product_onto
 from kernels.launch import PRODUCT_PARTS, PRODUCT_ROWS
 from kernels.layout import KvLayout
 from kernels.lora_expand import lora_expand
@@ -114,7 +114,9 @@ class DeviceDecoder:
         kv: KvLayout,
         last_token: Tensor,
         accelerator: Accelerator,
+        modules: Collection[str],
     ) -> None:
+        """modules: those that adapters may have."""
         dims = config.dims
         self.buffers = buffers
         self._config = config
@@ -125,7 +127,9 @@ class DeviceDecoder:
         self._accelerator = accelerator
         self.use(torch.empty(0), torch.empty(0), torch.empty(0))
         self._scale = dims.head_dim**-0.5
-        self._qkv, self._o, self._gate_up, self._down = lora_groups(dims)
+        self._qkv, self._o, self._gate_up, self._down = groups = lora_groups(dims)
+        names = (LORA_MODULES[group.first : group.first + len(group.features)] for group in groups)
+        self._adapted = [not set(modules).isdisjoint(own) for own in names]
         self._window_layers = config.sliding_layers or (False,) * dims.layers
         self.overlap(default_overlap(accelerator.device))
 
@@ -208,8 +212,7 @@ class DeviceDecoder:
         rows, buffers = hidden.shape[0], self.buffers
         active = buffers.active[:rows]
         if self._overlap.merges(rows, layer.gate_up.weight):
-            lora = self._shrink(index, self._gate_up, hidden, lora)
-            shrunk = None if lora is None else GateUpDelta(self._arena, lora, index, self._gate_up)
+            shrunk = self._shrink(index, self._gate_up, hidden, lora)
             gate_up_silu(active, hidden, layer.gate_up.weight, layer.gate_up.bias, shrunk)
             return active
         gate_up = buffers.gate_up[:rows]
@@ -228,13 +231,10 @@ class DeviceDecoder:
         norm: Tensor,
     ) -> None:
         """The residual takes a product in, and the next norm is taken of it."""
-        rows = x.shape[0]
+        rows, lora = x.shape[0], self._used(lora, group)
         y = hidden = self.buffers.hidden[:rows]
         if self._overlap.onto_residual(rows, linear.weight) and linear.bias is None:
-            lora = self._shrink(index, group, x, lora)
-            if lora is not None:
-                lora_expand(residual, self._arena, lora, index, group, add=True)
-            add_product(residual, x, linear.weight)
+            self._add_onto(residual, x, linear.weight, self._shrink(index, group, x, lora))
             rms_norm(hidden, residual, norm, self._config.norm_eps)
             return
         if self._overlap.product(rows, linear.weight, lora=lora is not None):
@@ -252,12 +252,11 @@ class DeviceDecoder:
         Returns the delta, which is computed beside the product, and how many rows it has.
         """
         rows = x.shape[0]
-        lora = used_by(lora, group)
+        lora = self._used(lora, group)
         if lora is not None:
             delta = self.buffers.delta(*out.shape[-2:])
             pdl = self._pdl and rows <= self._overlap.products
-            first = not pdl or self._overlap.lora_first(rows, group)
-            with self._accelerator.beside(early=pdl, first=first):
+            with self._accelerator.beside(early=pdl, first=self._overlap.lora_first(rows, group)):
                 lora_shrink(x, self._arena, lora, index, group, pdl=pdl)
                 lora_expand(delta, self._arena, lora, index, group, add=False, pdl=pdl)
         if self._overlap.product(rows, linear.weight, lora=lora is not None):
@@ -271,12 +270,28 @@ class DeviceDecoder:
         self._accelerator.join()
         return delta, lora.rows(group)
 
-    def _shrink(self, index: int, group: LoraGroup, x: Tensor, lora: LoraMeta | None) -> LoraMeta | None:
-        """Shrink in line; None where the group has no delta."""
-        lora = used_by(lora, group)
-        if lora is not None:
-            lora_shrink(x, self._arena, lora, index, group)
+    def _used(self, lora: LoraMeta | None, group: LoraGroup) -> LoraMeta | None:
+        """None where it is known that no adapter of the step has the group."""
+        if lora is None or not self._adapted[group.index] or (lora.known is not None and not lora.known[group.index]):
+            return None
         return lora
+
+    def _shrink(self, index: int, group: LoraGroup, x: Tensor, lora: LoraMeta | None) -> Shrunk | None:
+        """Shrink in line; None where the group has no delta."""
+        lora = self._used(lora, group)
+        if lora is None:
+            return None
+        lora_shrink(x, self._arena, lora, index, group)
+        return Shrunk(self._arena, lora, index, group)
+
+    def _add_onto(self, residual: Tensor, x: Tensor, weight: Tensor, shrunk: Shrunk | None) -> None:
+        """o's product or down's, and the adapters' delta."""
+        if shrunk is not None and self._overlap.takes_delta(len(x), weight):
+            product_onto(residual, x, weight, shrunk)
+            return
+        if shrunk is not None:
+            lora_expand(residual, shrunk.arena, shrunk.meta, shrunk.layer, shrunk.group, add=True)
+        add_product(residual, x, weight)
 
 
 def add_product(residual: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -285,8 +300,3 @@ def add_product(residual: Tensor, x: Tensor, weight: Tensor) -> None:
         residual.addmm_(x, weight.t())
     else:
         torch.addmm(residual, x, weight.t(), out_dtype=torch.float32, out=residual)
-
-
-def used_by(lora: LoraMeta | None, group: LoraGroup) -> LoraMeta | None:
-    """None where it is known that no adapter of the step has the group."""
-    return None if lora is None or (lora.known is not None and not lora.known[group.index]) else lora

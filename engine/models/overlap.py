@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.launch import PRODUCT_ROWS
+from kernels.launch import PRODUCT_ROWS, large_fill, multiprocessors
 from kernels.lora_meta import LARGE_TOKENS, LoraGroup
 
 PDL_TOKENS = 256  # of a step whose launches overlap; larger ones are bound by products
 FIRST_TOKENS = 32
-O_GROUP = 1  # of qkv, o, gate_up, down
+O_GROUP, GATE_UP_GROUP = 1, 2  # of qkv, o, gate_up, down
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class Overlap:
     pdl: bool = True  # a kernel may start before the one ahead of it has ended; changes no result
     first: int = FIRST_TOKENS  # of the largest step whose o has shrink placed before the product
     large: int = LARGE_TOKENS  # tokens from which on products do what follows them
+    fill: float = 0.84  # of the turns of a large o or down that takes the adapters' delta in; see `large_fill`
     widest: int = 2  # bytes of an element, of products that are not the library's alone
 
     def product(self, tokens: int, weight: Tensor, *, lora: bool) -> bool:
@@ -41,20 +42,37 @@ class Overlap:
         return self.pdl and tokens <= PDL_TOKENS
 
     def lora_first(self, tokens: int, group: LoraGroup) -> bool:
-        """Whether multiprocessors go to shrink and expand before the product that is ours.
+        """Whether multiprocessors go to shrink and expand before the product.
 
-        For o of small steps: the product's programs wait for room among attention's, and would keep shrink's, which
-        find some, from starting before attention has ended. Elsewhere they would take the product's place.
+        Beside our own products for o of small steps: the product's programs wait for room among attention's, and would
+        keep shrink's, which find some, from starting before attention has ended. Elsewhere they would take the
+        product's place. The library's leave no room beside them, so that shrink would start when they end; but
+        gate_up's at decode is more programs than there are multiprocessors, and leaves some of these in the end.
         """
-        return tokens <= self.first and group.index == O_GROUP
+        if tokens <= self.products:
+            return tokens <= self.first and group.index == O_GROUP
+        return group.index != GATE_UP_GROUP or not 2 * self.products < tokens <= PDL_TOKENS
 
     def merges(self, tokens: int, weight: Tensor) -> bool:
-        """Whether SiLU-and-mul is a part of gate_up's product: `kernels.gate_up`, whose rows are what TMA can read."""
-        return tokens >= self.large and self._narrow(weight) and not (weight.shape[1] % 8 or weight.shape[0] % 16)
+        """Whether SiLU-and-mul, and the adapters' delta, are a part of gate_up's product."""
+        return tokens >= self.large and self._narrow(weight) and self._tiled(weight)
 
     def onto_residual(self, tokens: int, weight: Tensor) -> bool:
-        """Whether the library adds o's product, or down's, onto the residual stream."""
+        """Whether o's product, or down's, is added onto the residual stream."""
         return tokens > self.large and self._narrow(weight)
+
+    def takes_delta(self, tokens: int, weight: Tensor) -> bool:
+        """Whether that product takes the adapters' delta in, which the library's does not.
+
+        Ours is no faster, so its last turn has to be nearly full.
+        """
+        features, itemsize = weight.shape[0], weight.dtype.itemsize
+        fill = large_fill(tokens, features, itemsize, multiprocessors(weight.device))
+        return fill >= self.fill and self._tiled(weight)
+
+    def _tiled(self, weight: Tensor) -> bool:
+        """Whether its rows are what TMA can read: `kernels.large_product`."""
+        return weight.shape[1] % 8 == weight.shape[0] % 16 == 0
 
     def _narrow(self, weight: Tensor) -> bool:
         return weight.dtype.itemsize <= self.widest

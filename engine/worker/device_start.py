@@ -13,6 +13,7 @@ from engine.layers.device_rotary import rotary_table
 from engine.models.config import ModelConfig
 from engine.models.device_decoder import DecoderBuffers, DeviceDecoder
 from engine.models.device_weights import load_weights
+from engine.models.dims import LORA_MODULES
 from engine.models.registry import load_config
 from engine.models.weights import Progress, open_weights
 from engine.worker.accelerator import Accelerator, make_accelerator
@@ -98,7 +99,8 @@ def _runner(setting: Setting, folder: Path, progress: Progress) -> DeviceRunner:
     tokens, samples = max(shape.tokens for shape in largest), max(shape.sequences for shape in largest)
     buffers = DecoderBuffers(model, tokens, samples, setting.dtype, device)
     table = rotary_table(model.rope, dims.head_dim, setting.context, device)
-    decoder = DeviceDecoder(model, weights, buffers, table, machine.kv, rows.last_token, accelerator)
+    modules = LORA_MODULES if config.lora_target_modules is None else config.lora_target_modules
+    decoder = DeviceDecoder(model, weights, buffers, table, machine.kv, rows.last_token, accelerator, modules)
     sampler = DeviceSampler(rows, machine.max_running, samples, dims.vocab, model.eos_token_ids, accelerator)
     window = model.sliding_window if any(model.sliding_layers) else None
     packer = Packer(machine, rows, window or 0)

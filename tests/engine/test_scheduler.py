@@ -114,6 +114,52 @@ def test_decodes_never_starve_prompts() -> None:
     finish(driver)
 
 
+def prompts_by_step(driver: Driver) -> list[int]:
+    return [len(plan.admissions) for plan in driver.plans]
+
+
+@pytest.mark.parametrize(("spared", "taken"), [(0, [1, 1, 1, 1, 0]), (1, [1, 0, 2, 0, 1]), (3, [1, 0, 0, 0, 3])])
+def test_prompts_that_come_one_by_one_are_put_together(spared: int, taken: list[int]) -> None:
+    driver = Driver(small_config(decode_steps=spared))
+    for step in range(5):
+        if step < 4:
+            driver.submit([1, 2, 3], max_tokens=9, ignore_eos=True)
+        driver.step()
+    assert prompts_by_step(driver)[:5] == taken
+    finish(driver)
+
+
+def test_no_step_is_spared_while_somebody_waits() -> None:
+    """Six prompts that come at once take three steps in a row."""
+    driver = Driver(small_config(decode_steps=1))
+    for _ in range(6):
+        driver.submit([1] * 5, max_tokens=5, ignore_eos=True)
+    finish(driver)
+    assert prompts_by_step(driver)[:3] == [3, 2, 1]
+
+
+def test_no_step_is_spared_where_nobody_decodes() -> None:
+    driver = Driver(small_config(decode_steps=2))
+    for _ in range(3):
+        driver.submit([1, 2], max_tokens=1)
+        driver.step()
+    finish(driver)
+    assert prompts_by_step(driver) == [1, 1, 1]
+
+
+def test_a_prompt_in_pieces_takes_others_along() -> None:
+    """Its steps are longer anyway."""
+    driver = Driver(small_config(decode_steps=1))
+    driver.submit([1, 2], max_tokens=12, ignore_eos=True)
+    driver.step()
+    driver.step()
+    driver.submit([3] * 30, max_tokens=2, ignore_eos=True)
+    driver.step()
+    driver.submit([4, 5], max_tokens=2, ignore_eos=True)
+    finish(driver)
+    assert prompts_by_step(driver)[:5] == [1, 0, 1, 0, 1]
+
+
 # Refusals
 
 

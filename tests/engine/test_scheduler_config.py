@@ -55,12 +55,14 @@ def test_waiting_and_eviction_as_told() -> None:
     made = config(EngineConfig(schedule_patience=7, lora_prefetch=False, lora_eviction_policy="lru"))
     assert (made.patience, made.prefetch, made.costs) == (7, False, None)
     assert config(EngineConfig(schedule_patience=-1)).patience is None
+    assert config(EngineConfig(num_continuous_decode_steps=3)).decode_steps == 3
 
 
 def test_waiting_and_eviction_where_nothing_is_told() -> None:
     made = config(EngineConfig())
     assert (made.patience, made.prefetch) == (64, True)
     assert made.costs == estimated_costs(16, 4096, on_gpu=False)
+    assert [config(EngineConfig(), on_gpu=on_gpu).decode_steps for on_gpu in (False, True)] == [0, 1]
 
 
 def test_an_unknown_eviction_policy_is_refused() -> None:

@@ -155,6 +155,7 @@ def play(seed: int, operations: int = 400) -> Driver:
         patience=rng.choice([1, 4, None]),
         prefetch=rng.random() < 0.8,
         costs=rng.choice([None, Costs(block=2.0, chunk=1.0, load=4.0)]),
+        decode_steps=rng.choice([0, 1, 3]),
     )
     driver = Driver(config, overlap=rng.random() < 0.7, late_loads=True)
     History(driver, seed).run(operations)

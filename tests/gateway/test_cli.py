@@ -198,6 +198,7 @@ def test_how_adapters_wait_and_leave() -> None:
     engine = settings(*flags).engine
     assert (engine.schedule_patience, engine.lora_prefetch, engine.lora_eviction_policy) == (0, False, "lru")
     assert settings("--schedule-patience", "-1").engine.schedule_patience == -1
+    assert settings("--num-continuous-decode-steps", "2").engine.num_continuous_decode_steps == 2
     assert [settings(*given).engine.compile_threads for given in ((), ("--compile-threads", "0"))] == [None, 0]
 
 
@@ -207,6 +208,7 @@ def test_how_adapters_wait_and_leave() -> None:
         ("--max-loras-per-batch", "0"),
         ("--schedule-patience", "-2"),
         ("--compile-threads", "-1"),
+        ("--num-continuous-decode-steps", "-1"),
         ("--lora-eviction-policy", "fifo"),
         ("--port", "70000"),
         ("--mem-fraction-static", "1.5"),

@@ -15,7 +15,7 @@ from engine.models import device_decoder
 from engine.models.overlap import NEVER, OFF, Overlap
 from engine.types import SamplingParams
 from engine.worker.worker import Worker
-from kernels.gate_up import gate_up_silu
+from kernels.large_product import gate_up_silu, product_onto
 from tests.engine.worker.harness import Driver, Request, make_pages, random_weights
 from tests.gpu.conftest import Figures
 from tests.gpu.judging import assert_right, judge
@@ -151,23 +151,33 @@ def test_last_rows(crowd: Case, graphs: bool, figures: Figures, request: pytest.
     assert any(shape.last_rows for shape in runner._tensors)
 
 
-@pytest.mark.parametrize("large", [Overlap().large, NEVER], ids=["merged", "beside"])
+@pytest.mark.parametrize(
+    ("large", "fill"), [(Overlap().large, 0.0), (Overlap().large, 2.0), (NEVER, 0.0)], ids=["ours", "merged", "beside"]
+)
 def test_large_steps(
-    crowd: Case, large: int, figures: Figures, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    crowd: Case,
+    large: int,
+    fill: float,
+    figures: Figures,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A step of some 2,500 tokens, most with adapters: products do what follows them, or other kernels do."""
+    """Some 2,500 tokens, most with adapters: products do what follows them, or other kernels do."""
     driver = crowd.driver(max_loras_per_batch=64, chunked_prefill_size=4096)
     runner: Any = driver.worker._runner
-    runner._decoder.overlap(Overlap(large=large))
-    merged, added = Mock(wraps=gate_up_silu), Mock(wraps=device_decoder.add_product)
+    runner._decoder.overlap(Overlap(large=large, fill=fill))
+    merged, added, taken = Mock(wraps=gate_up_silu), Mock(wraps=device_decoder.add_product), Mock(wraps=product_onto)
     monkeypatch.setattr(device_decoder, "gate_up_silu", merged)
     monkeypatch.setattr(device_decoder, "add_product", added)
+    monkeypatch.setattr(device_decoder, "product_onto", taken)
     requests = forced([None, *range(1, 12)], crowd.exact, 215, 4, prompt_logprobs=None, shortest=205)
     judgement = judge(driver.run(requests), crowd.exact, crowd.peer)
     figures(request.node.name, dataclasses.asdict(judgement))
     driver.worker.close()
     assert_right(judgement)
-    assert merged.called == added.called == (large != NEVER)
+    assert merged.called == (large != NEVER)
+    assert taken.called == (large != NEVER and fill == 0)
+    assert added.called == (large != NEVER and fill > 0)
 
 
 def test_top_of_a_large_arena(crowd: Case, figures: Figures) -> None:

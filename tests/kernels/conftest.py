@@ -12,7 +12,7 @@ KERNELS = (
     "attention_decode",
     "attention_prefill",
     "fetch",
-    "gate_up",
+    "large_product",
     "kv_store",
     "lora_expand",
     "lora_gather",

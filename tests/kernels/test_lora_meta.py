@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 
 from kernels import lora_meta
 from kernels.lora_meta import (
-    GATE_UP,
-    GATE_UP_ROWS,
     GROUP_STARTS,
     HEADER,
+    LARGE_ROWS,
     LARGE_TOKENS,
     LORA_ITEMS,
     LORA_ROWS,
@@ -49,14 +48,14 @@ def test_every_row_and_rank_block_once(tokens: list[int], tile: int, data: st.Da
 @given(tokens=st.lists(st.integers(1, 300), max_size=6), more=st.integers(0, 300), data=st.data())
 def test_each_tile_has_the_blocks_of_its_rows(tokens: list[int], more: int, data: st.DataObject) -> None:
     counts = data.draw(st.lists(st.integers(0, 3), min_size=6, max_size=6))
-    slot_blocks = np.full((6, len(GROUP_STARTS)), 3, np.int32)
-    slot_blocks[:, GATE_UP] = counts
+    slot_blocks = np.zeros((6, len(GROUP_STARTS)), np.int32)  # what counts is the group that has most
+    slot_blocks[np.arange(6), data.draw(st.lists(st.integers(0, 3), min_size=6, max_size=6))] = counts
     bounds = LoraBounds(tokens=max(sum(tokens), LARGE_TOKENS) + more, tile=16, slots=6, rank_blocks=3)
     fields = {name: np.full(shape, 2**30, np.int32) for name, shape in (("counts", (HEADER,)), *bounds.fields())}
     pack_lora(fields, list(enumerate(tokens)), slot_blocks, 16)
     owner = np.repeat(np.arange(len(tokens)), tokens)
     for index, (first, past, _, _, *own) in enumerate(fields["lora_tiles"].tolist()):
-        slots = sorted(set(owner[index * GATE_UP_ROWS : (index + 1) * GATE_UP_ROWS].tolist()))
+        slots = sorted(set(owner[index * LARGE_ROWS : (index + 1) * LARGE_ROWS].tolist()))
         found = fields["lora_blocks"][first:past].tolist()
         assert own == (found[0] if found else [0] * 4)
         assert [block for *_, block in found] == [block for slot in slots for block in range(counts[slot])]

@@ -25,7 +25,8 @@ from engine.worker.device_start import start_device
 from engine.worker.shapes import Shapes
 from engine.worker.worker import Worker
 from kernels import lora_meta
-from kernels.gate_up import gate_up_silu
+from kernels.large_product import gate_up_silu, product_onto
+from kernels.lora_shrink import lora_shrink
 from tests.engine.worker.harness import GREEDY, Driver, Request, make_pages, random_weights, start
 from tests.support.adapters import write_adapter
 from tests.support.engine import local_engine
@@ -106,21 +107,50 @@ def test_families(family: str, tmp_path: Path) -> None:
     assert triton.worker.graph_replays == 0
 
 
+@pytest.mark.parametrize("fill", [0.0, 2.0])  # ours, the library's behind expand
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])  # with biases and without
-def test_products_do_what_follows(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_do_what_follows(family: str, fill: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of mostly adapters, of few, and of adapters that have none of most groups of modules."""
     folder = write_model(tmp_path / family, vocab=250, **FAMILIES[family])
     monkeypatch.setattr(lora_meta, "LARGE_TOKENS", 8)
     triton, torch_ = drivers(folder)
-    cast("Any", triton.worker._runner)._decoder.overlap(dataclasses.replace(OFF, large=8, widest=4))
-    merged, added = Mock(wraps=gate_up_silu), Mock(wraps=device_decoder.add_product)
+    cast("Any", triton.worker._runner)._decoder.overlap(dataclasses.replace(OFF, large=8, widest=4, fill=fill))
+    merged, added, taken = Mock(wraps=gate_up_silu), Mock(wraps=device_decoder.add_product), Mock(wraps=product_onto)
     monkeypatch.setattr(device_decoder, "gate_up_silu", merged)
     monkeypatch.setattr(device_decoder, "add_product", added)
+    monkeypatch.setattr(device_decoder, "product_onto", taken)
     for owners in ((1, 3, 4, None), (None, None, None, 3), (2, 2)):
         ours, theirs = (driver.run(requests(owners)) for driver in (triton, torch_))
         assert_same(ours, theirs)
     assert {call.args[4] is None for call in merged.call_args_list} == {True, False}
     assert added.called
+    assert taken.called == (fill == 0)
+
+
+@pytest.mark.filterwarnings("error:An output with one or more elements was resized")
+def test_own_products(tmp_path: Path) -> None:
+    """Of steps whose adapters have some groups of modules and not others."""
+    folder = write_model(tmp_path / "qwen2", vocab=250, **FAMILIES["qwen2"])
+    triton, torch_ = drivers(folder)
+    cast("Any", triton.worker._runner)._decoder.overlap(dataclasses.replace(OFF, products=8, widest=4))
+    for owners in ((1, 1, None), (None, 2), (3, 4)):
+        ours, theirs = (driver.run(requests(owners)) for driver in (triton, torch_))
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(("modules", "adapters"), [(("q_proj", "v_proj"), (1,)), (("down_proj",), (2,))], ids=str)
+def test_modules_that_no_adapter_may_have(
+    modules: tuple[str, ...], adapters: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is launched for their groups."""
+    folder = write_model(tmp_path / "llama", vocab=250, layers=2)
+    launched = Mock(wraps=lora_shrink)
+    monkeypatch.setattr(device_decoder, "lora_shrink", launched)
+    triton, torch_ = drivers(folder, lora_target_modules=modules)
+    launched.reset_mock()
+    ours, theirs = (driver.run(requests((*adapters, None))) for driver in (triton, torch_))
+    assert_same(ours, theirs)
+    assert {call.args[4].index for call in launched.call_args_list} == {0 if "q_proj" in modules else 3}
 
 
 @pytest.fixture(scope="module")
