@@ -196,8 +196,8 @@ def _add_scheduling(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--num-continuous-decode-steps", type=natural, metavar="STEPS",
-        help="steps without new prompts behind one that left nobody waiting: streams stutter less, a first token may come "
-        "that much later (default: 0 CPU, 1 GPU)",
+        help="steps without new prompts behind one that left nobody waiting: streams stutter less, first tokens come "
+        "later (default: 0 CPU, 1 GPU)",
     )  # fmt: skip
     add("--disable-overlap-schedule", action="store_true", help="plan a step only when the one before has ended")
 
