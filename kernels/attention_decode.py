@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_meta import DECODE_INTS, SEQUENCE_INTS, AttentionMeta
-from kernels.launch import decode_tiles, dependent, multiprocessors, power_of_two, require, require_rows
+from kernels.launch import cdiv, decode_tiles, dependent, multiprocessors, power_of_two, require, require_rows
 from kernels.layout import KvLayout
 from kernels.lora_meta import DECODE_ITEMS, DECODE_SEQUENCES
 
@@ -157,8 +157,12 @@ def decode_attention(
     meta: AttentionMeta,
     scale: float,
     pdl: bool = False,
+    *,
+    each: int = 0,
 ) -> None:
     """Attention of the step's decodes: one new token each, over everything cached (or the window that was packed).
+
+    each: programs a multiprocessor at most, where another kernel is to find room beside them; 0: as many as there are.
 
     out, q: [tokens, heads * head_dim], rows contiguous, in the arena's dtype. Rows of prefills and tails are not
     written.
@@ -171,10 +175,13 @@ def decode_attention(
     heads = q.shape[1] // layout.head_dim
     require(heads % layout.kv_heads == 0, f"{heads} heads over {layout.kv_heads} KV heads are not supported")
     group = heads // layout.kv_heads
-    programs = layout.kv_heads * meta.bounds.decode_grid
+    grid = meta.bounds.decode_grid
+    if each:
+        grid = min(grid, cdiv(each * multiprocessors(q.device), layout.kv_heads))
+    programs = layout.kv_heads * grid
     tiles = decode_tiles(group, layout.head_dim, q.element_size(), programs / multiprocessors(q.device))
     wide = power_of_two(layout.head_dim)
-    _decode[(layout.kv_heads, meta.bounds.decode_grid)](
+    _decode[(layout.kv_heads, grid)](
         out,
         q,
         arena,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.lora_meta import LARGE_ROWS, LoraBounds, LoraGroup, split_bound
 
-DECODE_TILE, PREFILL_TILE = 16, 128  # rows of a LoRA work item in small steps, and in those of many tokens
+DECODE_TILE, PREFILL_TILE = 16, 64  # rows of a LoRA work item in small steps, and in those of many tokens
 SMALL_STEP = 2048  # tokens of the largest small step: an item of few rows costs as much as its tile
 PRODUCT_ROWS, PRODUCT_PARTS = 64, 2  # of the largest product that is ours, and the most parts it is made in
 TMA_ROWS = 96  # of a product above which it pays to load tiles whole
@@ -92,8 +92,8 @@ def shrink_tiles(bounds: LoraBounds, group: LoraGroup, itemsize: int) -> ShrinkT
         inner, stages = (128, 4) if 32 < bounds.tokens <= PRODUCT_ROWS else (256, 3)
         splits = min(split_bound(bounds), shrink_splits(bounds.tokens, group), cdiv(group.inner, 256))
         return ShrinkTiles(inner // narrow, splits, False, 2 if bounds.tokens > 128 else 4, stages)
-    splits = min(split_bound(bounds), cdiv(group.inner, 1024))
-    return ShrinkTiles(64 // narrow, splits, len(group.features) > 1, 8, 4)
+    splits = min(split_bound(bounds), cdiv(group.inner, 1024)) if bounds.tokens <= 4096 else 1
+    return ShrinkTiles(64 // narrow, splits, len(group.features) > 1, 4, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class ExpandTiles:
 def expand_tiles(bounds: LoraBounds, itemsize: int) -> ExpandTiles:
     narrow = 2 if itemsize == 4 else 1
     if bounds.tile > 16:
-        return ExpandTiles(128 // narrow, 4, 2, each=32)
+        return ExpandTiles(256 // narrow, 4, 2, each=32)
     columns = 512 if 16 < bounds.tokens <= PRODUCT_ROWS else 256  # more under way, where few programs find room
     return ExpandTiles(columns // narrow, 2 if 32 < bounds.tokens <= PRODUCT_ROWS else 4, 2)
 

@@ -6,6 +6,7 @@ attention a step of prompts goes on with the sampled rows alone, since nobody re
 step's lists before; nothing here depends on them but through the device.
 """
 
+import contextlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
@@ -186,12 +187,18 @@ class DeviceDecoder:
             query, qkv, self._arena, kv, index, step.positions, step.locations, self._table,
             delta=delta, delta_rows=delta_rows, norms=norms, pdl=self._pdl,
         )  # fmt: skip
-        sliding = self._window_layers[index]
+        sliding, each = self._window_layers[index], self._overlap.decodes_each
         meta = step.windowed if sliding else step.attention
-        if step.prefill:
-            window = self._config.sliding_window or 0 if sliding else 0
-            prefill_attention(out, query, self._arena, kv, index, meta, self._scale, window, long=step.long)
-        decode_attention(out, query, self._arena, kv, index, meta, self._scale, self._pdl)
+        if not step.prefill:
+            decode_attention(out, query, self._arena, kv, index, meta, self._scale, self._pdl)
+            return
+        window = self._config.sliding_window or 0 if sliding else 0
+        # Decodes wait for memory, prompts for products. Decodes go first, and leave room.
+        with self._accelerator.beside() if each else contextlib.nullcontext():
+            decode_attention(out, query, self._arena, kv, index, meta, self._scale, each=each)
+        prefill_attention(out, query, self._arena, kv, index, meta, self._scale, window, long=step.long)
+        if each:
+            self._accelerator.join()
 
     def _pick(self, last: LastRows) -> tuple[Tensor, Tensor]:
         """What attention made of the last rows, in place of the queries, which it is done with; and their residual.
@@ -256,8 +263,9 @@ class DeviceDecoder:
         if lora is not None:
             delta = self.buffers.delta(*out.shape[-2:])
             pdl = self._pdl and rows <= self._overlap.products
-            with self._accelerator.beside(early=pdl, first=self._overlap.lora_first(rows, group)):
-                lora_shrink(x, self._arena, lora, index, group, pdl=pdl)
+            early = self._pdl and self._overlap.early(rows)
+            with self._accelerator.beside(early=early, first=self._overlap.lora_first(rows, group)):
+                lora_shrink(x, self._arena, lora, index, group, pdl=early)
                 lora_expand(delta, self._arena, lora, index, group, add=False, pdl=pdl)
         if self._overlap.product(rows, linear.weight, lora=lora is not None):
             product(out, x, linear.weight, linear.bias, pdl=self._pdl, shared=lora is not None)

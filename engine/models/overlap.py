@@ -26,6 +26,7 @@ class Overlap:
     first: int = FIRST_TOKENS  # of the largest step whose o has shrink placed before the product
     large: int = LARGE_TOKENS  # tokens from which on products do what follows them
     fill: float = 0.84  # of the turns of a large o or down that takes the adapters' delta in; see `large_fill`
+    decodes_each: int = 2  # programs a multiprocessor of decode attention beside a prefill's; 0: one behind the other
     widest: int = 2  # bytes of an element, of products that are not the library's alone
 
     def product(self, tokens: int, weight: Tensor, *, lora: bool) -> bool:
@@ -40,6 +41,13 @@ class Overlap:
 
     def dependent(self, tokens: int) -> bool:
         return self.pdl and tokens <= PDL_TOKENS
+
+    def early(self, tokens: int) -> bool:
+        """Whether shrink may start before what makes its input has ended.
+
+        Between the two it takes room from our own products of qkv, o and down.
+        """
+        return tokens <= self.products or tokens > 2 * self.products
 
     def lora_first(self, tokens: int, group: LoraGroup) -> bool:
         """Whether multiprocessors go to shrink and expand before the product.
@@ -79,7 +87,7 @@ class Overlap:
 
 
 NEVER = 1 << 30
-OFF = Overlap(products=0, pdl=False, large=NEVER)
+OFF = Overlap(products=0, pdl=False, large=NEVER, decodes_each=0)
 
 
 def default_overlap(device: torch.device) -> Overlap:
