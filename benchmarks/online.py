@@ -25,7 +25,7 @@ from benchmarks.driving import Outcome, at_once, at_times, in_turn, percentile
 from benchmarks.load import Job
 from benchmarks.processes import loramux
 from benchmarks.report import SHORT, Report
-from benchmarks.traffic import Lengths, arrival_times, make_jobs, until, zipf
+from benchmarks.traffic import Lengths, arrival_times, make_jobs, staggered, until, zipf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +81,7 @@ def _jobs(models: Sequence[str], lengths: Lengths, scale: Online, seed: int) -> 
 
 async def _capacity(target: HttpTarget, jobs: Iterator[Job], scale: Online, report: Report) -> float:
     """Requests a second of many streams in turn."""
-    outcome = await in_turn(target, jobs, scale.streams, scale.warm + scale.seconds)
+    outcome = await in_turn(target, staggered(jobs, scale.streams), scale.streams, scale.warm + scale.seconds)
     rate = outcome.rate(scale.warm)
     report.add(f"online, {scale.streams} streams in turn", "requests/s", [rate])
     report.add("online, the same, tokens in + out", "tokens/s", [outcome.tokens_per_second(scale.warm)])

@@ -6,7 +6,7 @@ The same seed gives the same load, so that two servers meet the same requests.
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.load import Job
 
@@ -57,6 +57,13 @@ def make_jobs(models: Iterator[str], lengths: Lengths, seed: int) -> Iterator[Jo
     for model in models:
         prompt = tuple(draw.choices(range(lengths.vocab), k=draw.randint(*lengths.prompt)))
         yield Job(model, prompt, draw.randint(*lengths.output))
+
+
+def staggered(jobs: Iterator[Job], streams: int) -> Iterator[Job]:
+    """The first job of each stream is cut to another length: jobs alike would all end at once, round after round."""
+    for place, job in enumerate(itertools.islice(jobs, streams), 1):
+        yield replace(job, output=-(-job.output * place // streams))
+    yield from jobs
 
 
 def until(seconds: float, times: Iterator[float], jobs: Iterator[Job]) -> list[Arrival]:

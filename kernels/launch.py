@@ -85,15 +85,14 @@ def shrink_splits(tokens: int, group: LoraGroup) -> int:
 
 
 def shrink_tiles(bounds: LoraBounds, group: LoraGroup, itemsize: int) -> ShrinkTiles:
-    """Both split the inner dimension to have enough programs; large tiles read x once for all modules."""
+    """Small tiles split the inner dimension to have enough programs; large ones read x once for all modules."""
     narrow = 2 if itemsize == 4 else 1
     if bounds.tile == 16:
         # Beside a product that leaves little memory: smaller tiles, more of them under way.
         inner, stages = (128, 4) if 32 < bounds.tokens <= PRODUCT_ROWS else (256, 3)
         splits = min(split_bound(bounds), shrink_splits(bounds.tokens, group), cdiv(group.inner, 256))
         return ShrinkTiles(inner // narrow, splits, False, 2 if bounds.tokens > 128 else 4, stages)
-    splits = min(split_bound(bounds), cdiv(group.inner, 1024)) if bounds.tokens <= 4096 else 1
-    return ShrinkTiles(64 // narrow, splits, len(group.features) > 1, 4, 4)
+    return ShrinkTiles(64 // narrow, 1, len(group.features) > 1, 4, 4)
 
 
 @dataclass(frozen=True, slots=True)

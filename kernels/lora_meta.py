@@ -220,6 +220,8 @@ def z_elements(bounds: LoraBounds) -> int:
 def split_bound(bounds: LoraBounds) -> int:
     """Most parts of the inner dimension that a bucket's shrinks may use: many where few rows leave the device idle."""
     if bounds.tile > 16:
-        return 2
-    splits = max(2, min(MAX_SPLITS, 8192 // bounds.tokens))
+        return 1
+    if bounds.tokens > LARGE_TOKENS:
+        return 2  # products that take the delta in have registers for no more
+    splits = min(MAX_SPLITS, 8192 // bounds.tokens)
     return 1 << (splits.bit_length() - 1)  # a power of two, so that few kernels are compiled

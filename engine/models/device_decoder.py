@@ -7,14 +7,15 @@ step's lists before; nothing here depends on them but through the device.
 """
 
 import contextlib
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from engine.models.config import ModelConfig
+from engine.models.decoder_buffers import DecoderBuffers
 from engine.models.device_weights import DecoderWeights, LayerWeights, Linear
 from engine.models.dims import LORA_MODULES, ModelDims
 from engine.models.overlap import Overlap, default_overlap
@@ -23,7 +24,6 @@ from kernels.attention_decode import decode_attention
 from kernels.attention_meta import AttentionMeta
 from kernels.attention_prefill import prefill_attention
 from kernels.large_product import Shrunk, gate_up_silu, product_onto
-from kernels.launch import PRODUCT_PARTS, PRODUCT_ROWS
 from kernels.layout import KvLayout
 from kernels.lora_expand import lora_expand
 from kernels.lora_gather import lora_gather
@@ -58,42 +58,6 @@ class StepTensors:
     prefill: bool
     long: bool  # some prefill has a long context
     last: LastRows | None  # None: every row goes through the whole last layer
-
-
-class DecoderBuffers:
-    """Activations of the largest step; a smaller one uses the first rows.
-
-    The residual stream is float32: rounded to bfloat16 after each of two sums a layer it is most of what moves a deep
-    model's choices away from float32's, and at a row's width it costs next to nothing.
-    """
-
-    def __init__(self, config: ModelConfig, rows: int, samples: int, dtype: torch.dtype, device: torch.device) -> None:
-        dims = config.dims
-        query, key = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
-
-        def rows_of(width: int) -> Tensor:
-            return torch.zeros(rows, width, dtype=dtype, device=device)
-
-        self.residual = torch.zeros(rows, dims.hidden, dtype=torch.float32, device=device)
-        self.last_residual = self.residual.new_zeros(samples, dims.hidden)
-        self.hidden = rows_of(dims.hidden)
-        self.qkv = rows_of(query + 2 * key)
-        self.query = rows_of(query)
-        self.mixed = rows_of(query)
-        self.gate_up = rows_of(2 * dims.intermediate)
-        self.active = rows_of(dims.intermediate)
-        self._delta = rows_of(max(query + 2 * key, 2 * dims.intermediate, dims.hidden)).view(-1)
-        self._parts = torch.zeros(
-            PRODUCT_PARTS * min(rows, 2 * PRODUCT_ROWS) * dims.hidden, dtype=torch.float32, device=device
-        )
-
-    def parts(self, parts: int, rows: int) -> Tensor:
-        """[parts, rows, hidden] of o's product or down's; read before the next are written."""
-        return self._parts[: parts * rows * self.hidden.shape[1]].view(parts, rows, -1)
-
-    def delta(self, rows: int, width: int) -> Tensor:
-        """[rows, width]; one delta is read before the next is written."""
-        return self._delta[: rows * width].view(rows, width)
 
 
 def lora_groups(dims: ModelDims) -> tuple[LoraGroup, ...]:
@@ -138,6 +102,21 @@ class DeviceDecoder:
         """From the next launch or capture on."""
         self._overlap = overlap
         self._pdl = overlap.pdl  # of the step that is being launched
+
+    @contextlib.contextmanager
+    def overlapping(self, overlap: Overlap) -> Iterator[None]:
+        """In place of the decoder's own, for as long as the context lasts."""
+        own = self._overlap
+        self.overlap(overlap)
+        try:
+            yield
+        finally:
+            self.overlap(own)
+
+    @property
+    def ways(self) -> tuple[Overlap, ...]:
+        """Between them, large steps of one kernel size launch all that others do, however full their last turns are."""
+        return tuple(replace(self._overlap, fill=fill) for fill in (0.0, 2.0))
 
     def use(self, arena: Tensor, pieces: Tensor, ranks: Tensor) -> None:
         """Keys, values and adapters are in this arena from now on, the slots' adapters where these tables say."""
@@ -187,13 +166,13 @@ class DeviceDecoder:
             query, qkv, self._arena, kv, index, step.positions, step.locations, self._table,
             delta=delta, delta_rows=delta_rows, norms=norms, pdl=self._pdl,
         )  # fmt: skip
-        sliding, each = self._window_layers[index], self._overlap.decodes_each
+        sliding, each = self._window_layers[index], self._overlap.decodes_beside(rows)
         meta = step.windowed if sliding else step.attention
         if not step.prefill:
             decode_attention(out, query, self._arena, kv, index, meta, self._scale, self._pdl)
             return
         window = self._config.sliding_window or 0 if sliding else 0
-        # Decodes wait for memory, prompts for products. Decodes go first, and leave room.
+        # Decodes wait for memory, prompts for products. In large steps decodes go first, and leave room.
         with self._accelerator.beside() if each else contextlib.nullcontext():
             decode_attention(out, query, self._arena, kv, index, meta, self._scale, each=each)
         prefill_attention(out, query, self._arena, kv, index, meta, self._scale, window, long=step.long)

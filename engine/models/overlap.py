@@ -26,7 +26,7 @@ class Overlap:
     first: int = FIRST_TOKENS  # of the largest step whose o has shrink placed before the product
     large: int = LARGE_TOKENS  # tokens from which on products do what follows them
     fill: float = 0.84  # of the turns of a large o or down that takes the adapters' delta in; see `large_fill`
-    decodes_each: int = 2  # programs a multiprocessor of decode attention beside a prefill's; 0: one behind the other
+    decodes_each: int = 2  # programs a multiprocessor of decode attention beside a large prefill's; 0: before it, all
     widest: int = 2  # bytes of an element, of products that are not the library's alone
 
     def product(self, tokens: int, weight: Tensor, *, lora: bool) -> bool:
@@ -78,6 +78,13 @@ class Overlap:
         fill = large_fill(tokens, features, itemsize, multiprocessors(weight.device))
         return fill >= self.fill and self._tiled(weight)
 
+    def decodes_beside(self, tokens: int) -> int:
+        """Programs a multiprocessor of decode attention that run beside prefill attention; 0: all of them before it.
+
+        Few leave the memory waiting between sequences, so there has to be enough of a prompt to hide that.
+        """
+        return self.decodes_each if tokens > self.large else 0
+
     def _tiled(self, weight: Tensor) -> bool:
         """Whether its rows are what TMA can read: `kernels.large_product`."""
         return weight.shape[1] % 8 == weight.shape[0] % 16 == 0
@@ -87,7 +94,7 @@ class Overlap:
 
 
 NEVER = 1 << 30
-OFF = Overlap(products=0, pdl=False, large=NEVER, decodes_each=0)
+OFF = Overlap(products=0, pdl=False, large=NEVER)
 
 
 def default_overlap(device: torch.device) -> Overlap:

@@ -110,15 +110,19 @@ class DeviceRunner:
         if not threads:
             return
         families = (False, True) if lora else (False,)
-        shapes = [
-            s for family in families for s in (*self._shapes.graphs(lora=family), *self._shapes.eager(lora=family))
-        ]
         told = functools.partial(progress, "kernels")
         with self._accelerator.launching(), compiling_ahead(threads, told):
             self._staging.device.zero_()
-            for shape in shapes:
-                self._launch_forward(shape, self._decoder.kinds)
-                self._launch_sample(shape)
+            for family in families:
+                self._launch_kinds(self._shapes.graphs(lora=family))
+                for way in self._decoder.ways:
+                    with self._decoder.overlapping(way):
+                        self._launch_kinds(self._shapes.eager(lora=family))
+
+    def _launch_kinds(self, shapes: Iterable[StepShape]) -> None:
+        for shape in shapes:
+            self._launch_forward(shape, self._decoder.kinds)
+            self._launch_sample(shape)
 
     def capture(self, *, lora: bool, progress: Progress) -> None:
         """Captures the graphs of every shape that has one."""

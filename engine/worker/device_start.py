@@ -11,7 +11,8 @@ from engine.config import EngineConfig
 from engine.geometry import Geometry, make_geometry
 from engine.layers.device_rotary import rotary_table
 from engine.models.config import ModelConfig
-from engine.models.device_decoder import DecoderBuffers, DeviceDecoder
+from engine.models.decoder_buffers import DecoderBuffers
+from engine.models.device_decoder import DeviceDecoder
 from engine.models.device_weights import load_weights
 from engine.models.dims import LORA_MODULES
 from engine.models.registry import load_config

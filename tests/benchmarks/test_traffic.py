@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from benchmarks.traffic import Lengths, arrival_times, make_jobs, until, zipf
+from benchmarks.traffic import Lengths, arrival_times, make_jobs, staggered, until, zipf
 
 LENGTHS = Lengths((8, 512), (8, 512), 1000)
 
@@ -47,3 +47,11 @@ def test_a_load_repeats_itself_and_ends_in_time() -> None:
         max(arrival.at for arrival in until(5.0, arrival_times(20.0, 1.0, 1), make_jobs(zipf(["a"], 1, 1), LENGTHS, 1)))
         < 5
     )
+
+
+def test_streams_of_jobs_alike_do_not_end_together() -> None:
+    alike = make_jobs(itertools.repeat("a"), Lengths((8, 8), (128, 128), 1000), seed=1)
+    outputs = [job.output for job in itertools.islice(staggered(alike, 256), 600)]
+    assert outputs[:256] == sorted(outputs[:256])
+    assert (outputs[0], outputs[127], outputs[255]) == (1, 64, 128)
+    assert set(outputs[256:]) == {128}

@@ -9,7 +9,8 @@ from engine.config import EngineConfig
 from engine.geometry import make_geometry
 from engine.models.registry import parse_config
 from engine.worker.shapes import LONG_CONTEXT, Machine, Shapes, StepShape, make_machine
-from kernels.lora_meta import PackedLayout, z_elements
+from kernels.launch import expand_tiles, shrink_tiles
+from kernels.lora_meta import LoraBounds, LoraGroup, PackedLayout, z_elements
 
 RAW = {
     "architectures": ["LlamaForCausalLM"],
@@ -28,6 +29,13 @@ def machine(**changes: object) -> Machine:
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
+def lora_kernels(bounds: LoraBounds) -> tuple[object, ...]:
+    """What kernels of a bucket are compiled for."""
+    groups = LoraGroup(0, 4096, (4096, 1024)), LoraGroup(3, 4096, (4096,)), LoraGroup(6, 14336, (4096,))
+    shrinks = tuple(shrink_tiles(bounds, group, 2) for group in groups)
+    return bounds.tile, bounds.large, shrinks, expand_tiles(bounds, 2), expand_tiles(bounds, 4)
+
+
 def test_every_graph_is_chosen_by_the_steps_that_it_holds() -> None:
     shapes = Shapes(machine(), None)
     for lora in (False, True):
@@ -42,16 +50,16 @@ def test_every_graph_is_chosen_by_the_steps_that_it_holds() -> None:
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_what_is_compiled_ahead_stands_for_every_eager_step(lora: bool) -> None:
-    """Samples by powers of two, all rows, long contexts; small and large items of LoRA."""
+    """Samples by powers of two, all rows, long contexts; every tile that LoRA's kernels take."""
     shapes = Shapes(machine(max_context=2 * LONG_CONTEXT, step_tokens=8192), 64)
     ahead = shapes.eager(lora=lora)
-    kinds = {(s.lora_bounds.tile, s.last_rows, s.long) for s in ahead}
+    kinds = {(lora_kernels(s.lora_bounds), s.last_rows, s.long) for s in ahead}
     samples = {s.sequences for s in ahead if s.last_rows}
     for tokens, sequences, all_rows, context in itertools.product(
-        (1025, 2048, 2049, 8192), (1, 2, 33, 64, 200, 256), (False, True), (100, LONG_CONTEXT + 1)
+        (1025, 1500, 2048, 2049, 4096, 4097, 8192), (1, 2, 33, 64, 200, 256), (False, True), (100, LONG_CONTEXT + 1)
     ):
         shape = shapes.choose(tokens, sequences, lora=lora, all_rows=all_rows, context=context)
-        assert (shape.lora_bounds.tile, shape.last_rows, shape.long) in kinds
+        assert (lora_kernels(shape.lora_bounds), shape.last_rows, shape.long) in kinds
         assert not shape.last_rows or shape.sequences in samples
     assert len(ahead) < 20
 
