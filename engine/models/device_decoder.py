@@ -1,9 +1,9 @@
 """The decoder on the device: every family's layers as a sequence of launches over buffers that never move.
 
 The runner calls it eagerly or captures it. LoRA's deltas are computed beside the base products and added by the op that
-follows each anyway; in large eager steps they come first, and the products add to them. Behind the last layer's
-attention a step of prompts goes on with the sampled rows alone, since nobody reads the others. The caller fills the
-step's lists before; nothing here depends on them but through the device.
+follows each anyway; in large steps products take them in. Behind the last layer's attention a step of prompts goes on
+with the sampled rows alone, since nobody reads the others. The caller fills the step's lists before; nothing here
+depends on them but through the device.
 """
 
 import contextlib
@@ -166,18 +166,19 @@ class DeviceDecoder:
             query, qkv, self._arena, kv, index, step.positions, step.locations, self._table,
             delta=delta, delta_rows=delta_rows, norms=norms, pdl=self._pdl,
         )  # fmt: skip
-        sliding, each = self._window_layers[index], self._overlap.decodes_beside(rows)
+        sliding = self._window_layers[index]
         meta = step.windowed if sliding else step.attention
-        if not step.prefill:
-            decode_attention(out, query, self._arena, kv, index, meta, self._scale, self._pdl)
-            return
-        window = self._config.sliding_window or 0 if sliding else 0
-        # Decodes wait for memory, prompts for products. In large steps decodes go first, and leave room.
-        with self._accelerator.beside() if each else contextlib.nullcontext():
-            decode_attention(out, query, self._arena, kv, index, meta, self._scale, each=each)
-        prefill_attention(out, query, self._arena, kv, index, meta, self._scale, window, long=step.long)
+        each = self._overlap.decodes_beside(rows) if step.prefill else 0
+        if each:  # decodes wait for memory, prompts for products; decodes go first, and leave room
+            with self._accelerator.beside():
+                decode_attention(out, query, self._arena, kv, index, meta, self._scale, each=each)
+        if step.prefill:
+            window = self._config.sliding_window or 0 if sliding else 0
+            prefill_attention(out, query, self._arena, kv, index, meta, self._scale, window, long=step.long)
         if each:
             self._accelerator.join()
+        else:
+            decode_attention(out, query, self._arena, kv, index, meta, self._scale, self._pdl)
 
     def _pick(self, last: LastRows) -> tuple[Tensor, Tensor]:
         """What attention made of the last rows, in place of the queries, which it is done with; and their residual.

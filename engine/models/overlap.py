@@ -26,7 +26,7 @@ class Overlap:
     first: int = FIRST_TOKENS  # of the largest step whose o has shrink placed before the product
     large: int = LARGE_TOKENS  # tokens from which on products do what follows them
     fill: float = 0.84  # of the turns of a large o or down that takes the adapters' delta in; see `large_fill`
-    decodes_each: int = 2  # programs a multiprocessor of decode attention beside a large prefill's; 0: before it, all
+    decodes_each: int = 2  # programs a multiprocessor of decode attention beside a large prefill's; 0: all behind it
     widest: int = 2  # bytes of an element, of products that are not the library's alone
 
     def product(self, tokens: int, weight: Tensor, *, lora: bool) -> bool:
@@ -47,7 +47,7 @@ class Overlap:
 
         Between the two it takes room from our own products of qkv, o and down.
         """
-        return tokens <= self.products or tokens > 2 * self.products
+        return tokens <= self.products or tokens > 2 * PRODUCT_ROWS
 
     def lora_first(self, tokens: int, group: LoraGroup) -> bool:
         """Whether multiprocessors go to shrink and expand before the product.
@@ -59,7 +59,7 @@ class Overlap:
         """
         if tokens <= self.products:
             return tokens <= self.first and group.index == O_GROUP
-        return group.index != GATE_UP_GROUP or not 2 * self.products < tokens <= PDL_TOKENS
+        return group.index != GATE_UP_GROUP or not 2 * PRODUCT_ROWS < tokens <= PDL_TOKENS
 
     def merges(self, tokens: int, weight: Tensor) -> bool:
         """Whether SiLU-and-mul, and the adapters' delta, are a part of gate_up's product."""
@@ -79,7 +79,7 @@ class Overlap:
         return fill >= self.fill and self._tiled(weight)
 
     def decodes_beside(self, tokens: int) -> int:
-        """Programs a multiprocessor of decode attention that run beside prefill attention; 0: all of them before it.
+        """Programs a multiprocessor of decode attention that run beside prefill attention; 0: all behind it.
 
         Few leave the memory waiting between sequences, so there has to be enough of a prompt to hide that.
         """
