@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.models import overlap as overlap_module
 from engine.models.overlap import FIRST_TOKENS, NEVER, OFF, PDL_TOKENS, Overlap, default_overlap
 from kernels.launch import PRODUCT_ROWS
 from kernels.lora_meta import GROUP_STARTS, LARGE_TOKENS, LoraGroup
@@ -45,10 +46,43 @@ def test_beside_lora_more_products_are_ours() -> None:
     assert not OFF.product(1, square, lora=True)
 
 
-def test_only_o_of_small_steps_has_shrink_first() -> None:
+@pytest.mark.parametrize(
+    ("overlap", "tokens", "first"),
+    [
+        (Overlap(), FIRST_TOKENS, [False, True, False, False]),
+        (Overlap(), FIRST_TOKENS + 1, [False] * 4),
+        (Overlap(), PRODUCT_ROWS + 1, [True] * 4),
+        (Overlap(), 2 * PRODUCT_ROWS + 1, [True, True, False, True]),
+        (Overlap(), PDL_TOKENS + 1, [True] * 4),
+        (OFF, 1, [True] * 4),
+    ],
+    ids=str,
+)
+def test_who_goes_first(overlap: Overlap, tokens: int, first: list[bool]) -> None:
+    """Of qkv, o, gate_up, down: shrink and expand before the product, or behind it."""
     groups = [LoraGroup(start, 64, (64,)) for start in GROUP_STARTS]
-    assert [Overlap().lora_first(FIRST_TOKENS, group) for group in groups] == [False, True, False, False]
-    assert not any(Overlap().lora_first(FIRST_TOKENS + 1, group) for group in groups)
+    assert [overlap.lora_first(tokens, group) for group in groups] == first
+
+
+def test_shrink_starts_early_but_beside_our_products_of_more_than_64_rows() -> None:
+    sizes = (1, PRODUCT_ROWS, PRODUCT_ROWS + 1, 2 * PRODUCT_ROWS, 2 * PRODUCT_ROWS + 1)
+    assert [Overlap().early(tokens) for tokens in sizes] == [True, True, False, False, True]
+
+
+@pytest.mark.parametrize("tokens", [1024, 1280, 1536, 1792, 2048, 2304, 3072, 8192])
+def test_deltas_are_taken_in_where_turns_are_full(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """132 multiprocessors, tiles of 128 x 256."""
+    monkeypatch.setattr(overlap_module, "multiprocessors", lambda device: 132)
+    square = torch.empty(4096, 8, dtype=torch.bfloat16)
+    full = tokens not in (1280, 1536, 2304)
+    assert Overlap().takes_delta(tokens, square) == full
+    assert Overlap(fill=0.0).takes_delta(tokens, square)
+    assert not Overlap(fill=2.0).takes_delta(tokens, square)
+
+
+def test_decodes_run_beside_large_prompts_alone() -> None:
+    assert [Overlap().decodes_beside(tokens) for tokens in (LARGE_TOKENS, LARGE_TOKENS + 1)] == [0, 2]
+    assert OFF.decodes_beside(1 << 20) == Overlap(decodes_each=0).decodes_beside(1 << 20) == 0
 
 
 @pytest.mark.parametrize(
