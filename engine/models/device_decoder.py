@@ -58,6 +58,7 @@ class StepTensors:
     prefill: bool
     long: bool  # some prefill has a long context
     last: LastRows | None  # None: every row goes through the whole last layer
+    decodes: int | None = None  # of the one step that is launched; None: of any
 
 
 def lora_groups(dims: ModelDims) -> tuple[LoraGroup, ...]:
@@ -115,8 +116,9 @@ class DeviceDecoder:
 
     @property
     def ways(self) -> tuple[Overlap, ...]:
-        """Between them, large steps of one kernel size launch all that others do, however full their last turns are."""
-        return tuple(replace(self._overlap, fill=fill) for fill in (0.0, 2.0))
+        """Between them, large steps launch all that others of their kind do, however full their last turns are."""
+        own = self._overlap
+        return replace(own, fill=0.0), replace(own, fill=2.0, decodes_each=0)
 
     def use(self, arena: Tensor, pieces: Tensor, ranks: Tensor) -> None:
         """Keys, values and adapters are in this arena from now on, the slots' adapters where these tables say."""
@@ -168,7 +170,7 @@ class DeviceDecoder:
         )  # fmt: skip
         sliding = self._window_layers[index]
         meta = step.windowed if sliding else step.attention
-        each = self._overlap.decodes_beside(rows) if step.prefill else 0
+        each = self._overlap.decodes_beside(rows, step.decodes) if step.prefill else 0
         if each:  # decodes wait for memory, prompts for products; decodes go first, and leave room
             with self._accelerator.beside():
                 decode_attention(out, query, self._arena, kv, index, meta, self._scale, each=each)
@@ -177,7 +179,7 @@ class DeviceDecoder:
             prefill_attention(out, query, self._arena, kv, index, meta, self._scale, window, long=step.long)
         if each:
             self._accelerator.join()
-        else:
+        elif step.decodes != 0:
             decode_attention(out, query, self._arena, kv, index, meta, self._scale, self._pdl)
 
     def _pick(self, last: LastRows) -> tuple[Tensor, Tensor]:

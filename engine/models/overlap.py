@@ -14,6 +14,7 @@ from kernels.lora_meta import LARGE_TOKENS, LoraGroup
 
 PDL_TOKENS = 256  # of a step whose launches overlap; larger ones are bound by products
 FIRST_TOKENS = 32
+MANY_DECODES = 64
 O_GROUP, GATE_UP_GROUP = 1, 2  # of qkv, o, gate_up, down
 
 
@@ -72,18 +73,20 @@ class Overlap:
     def takes_delta(self, tokens: int, weight: Tensor) -> bool:
         """Whether that product takes the adapters' delta in, which the library's does not.
 
-        Ours is no faster, so its last turn has to be nearly full.
+        Ours is no faster, so it takes many turns, of which the last is nearly full.
         """
         features, itemsize = weight.shape[0], weight.dtype.itemsize
         fill = large_fill(tokens, features, itemsize, multiprocessors(weight.device))
-        return fill >= self.fill and self._tiled(weight)
+        return tokens > 2 * self.large and fill >= self.fill and self._tiled(weight)
 
-    def decodes_beside(self, tokens: int) -> int:
+    def decodes_beside(self, tokens: int, decodes: int | None) -> int:
         """Programs a multiprocessor of decode attention that run beside prefill attention; 0: all behind it.
 
-        Few leave the memory waiting between sequences, so there has to be enough of a prompt to hide that.
+        Few leave the memory waiting between sequences, so there has to be enough of a prompt to hide that; and enough
+        of them to be worth a second stream. decodes: None where it is not known how many there are.
         """
-        return self.decodes_each if tokens > self.large else 0
+        many = decodes is None or decodes >= MANY_DECODES
+        return self.decodes_each if many and tokens > self.large else 0
 
     def _tiled(self, weight: Tensor) -> bool:
         """Whether its rows are what TMA can read: `kernels.large_product`."""

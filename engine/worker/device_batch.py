@@ -27,6 +27,7 @@ class Packed:
     spans: tuple[Span, ...]  # aligned with the plan's sequences
     steps: tuple[SequenceStep, ...]  # those that sample, in the order of the samples
     tail: int  # integers in use
+    decodes: int  # sequences of one token
     lora_rows: tuple[int, ...] | None = None  # of each group of modules; None: nobody has an adapter
     updates: Ints | None = None  # [n, 2]: of the block tables, where the tail had no room for them
     edits: Ints | None = None  # [n, EDIT_INTS]: of the logits, likewise
@@ -68,7 +69,8 @@ class Packer:
         fields["samples"][:count, ROW] = (firsts + lengths - 1)[sampled]
         tail, updates, more = self._pack_tail(fields, steps, count, edits)
         lora_rows = tuple(fields["counts"][list(LORA_ROWS)].tolist()) if shape.lora else None
-        return Packed(_spans(steps, firsts), tuple(steps[i] for i in sampled), tail, lora_rows, updates, more)
+        decodes = int(np.count_nonzero(lengths == 1))
+        return Packed(_spans(steps, firsts), tuple(steps[i] for i in sampled), tail, decodes, lora_rows, updates, more)
 
     def _pack_tokens(
         self,

@@ -5,7 +5,7 @@ Used by one step thread. Sampled tokens stay on the device, where the next step 
 
 import functools
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -151,7 +151,7 @@ class DeviceRunner:
             )
             packed = self._pack(plan, shape, used)
             self.lora_steps["triton" if used else "base"] += 1
-            eager = functools.partial(self._launch_forward, shape, lora_rows=packed.lora_rows)
+            eager = functools.partial(self._launch_forward, shape, of=packed)
             self._graphs.forward(shape, eager)
         self._flight = Flight(plan, shape, packed, started)
 
@@ -221,13 +221,15 @@ class DeviceRunner:
     # What a graph holds
 
     def _launch_forward(
-        self, shape: StepShape, layers: Collection[int] | None = None, lora_rows: Sequence[int] | None = None
+        self, shape: StepShape, layers: Collection[int] | None = None, of: Packed | None = None
     ) -> None:
-        """lora_rows: of the one step that this is launched for; None: for any that has the shape."""
+        """of: the one step that this is launched for; None: for any that has the shape."""
         tensors = self._views(shape)
         step = tensors.step
-        if step.lora is not None and lora_rows is not None:
-            step = replace(step, lora=replace(step.lora, known=lora_rows))
+        if of is not None:
+            step = replace(step, decodes=of.decodes)
+            if step.lora is not None:
+                step = replace(step, lora=replace(step.lora, known=of.lora_rows))
         update_tables(self._block_tables, tensors.sample.step, tensors.sample.tail)
         self._decoder.forward(step, layers)
         rows = self._decoder.buffers.hidden[: shape.sequences]

@@ -69,20 +69,20 @@ def test_shrink_starts_early_but_beside_our_products_of_more_than_64_rows() -> N
     assert [Overlap().early(tokens) for tokens in sizes] == [True, True, False, False, True]
 
 
-@pytest.mark.parametrize("tokens", [1024, 1280, 1536, 1792, 2048, 2304, 3072, 8192])
-def test_deltas_are_taken_in_where_turns_are_full(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tokens", "full"), [(2048, False), (2304, False), (2816, True), (3328, False), (8192, True)])
+def test_deltas_are_taken_in_where_turns_are_full(tokens: int, full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """132 multiprocessors, tiles of 128 x 256."""
     monkeypatch.setattr(overlap_module, "multiprocessors", lambda device: 132)
     square = torch.empty(4096, 8, dtype=torch.bfloat16)
-    full = tokens not in (1280, 1536, 2304)
     assert Overlap().takes_delta(tokens, square) == full
-    assert Overlap(fill=0.0).takes_delta(tokens, square)
+    assert Overlap(fill=0.0).takes_delta(tokens, square) == (tokens > 2048)
     assert not Overlap(fill=2.0).takes_delta(tokens, square)
 
 
 def test_decodes_run_beside_large_prompts_alone() -> None:
-    assert [Overlap().decodes_beside(tokens) for tokens in (LARGE_TOKENS, LARGE_TOKENS + 1)] == [0, 2]
-    assert OFF.decodes_beside(1 << 20) == Overlap(decodes_each=0).decodes_beside(1 << 20) == 0
+    assert [Overlap().decodes_beside(tokens, None) for tokens in (LARGE_TOKENS, LARGE_TOKENS + 1)] == [0, 2]
+    assert [Overlap().decodes_beside(2048, decodes) for decodes in (0, 63, 64)] == [0, 0, 2]
+    assert OFF.decodes_beside(1 << 20, None) == Overlap(decodes_each=0).decodes_beside(1 << 20, None) == 0
 
 
 @pytest.mark.parametrize(
