@@ -16,7 +16,7 @@ import torch
 from msgspec.structs import replace
 
 from engine.config import EngineConfig, LoraPath
-from engine.models import device_decoder
+from engine.models import device_decoder, overlap
 from engine.models.overlap import OFF
 from engine.models.weights import Progress
 from engine.plan import StepPlan
@@ -25,6 +25,7 @@ from engine.worker.device_start import start_device
 from engine.worker.shapes import Shapes
 from engine.worker.worker import Worker
 from kernels import lora_meta
+from kernels.attention_decode import decode_attention
 from kernels.large_product import gate_up_silu, product_onto
 from kernels.lora_shrink import lora_shrink
 from tests.engine.worker.harness import GREEDY, Driver, Request, make_pages, random_weights, start
@@ -151,6 +152,26 @@ def test_modules_that_no_adapter_may_have(
     ours, theirs = (driver.run(requests((*adapters, None))) for driver in (triton, torch_))
     assert_same(ours, theirs)
     assert {call.args[4].index for call in launched.call_args_list} == {0 if "q_proj" in modules else 3}
+
+
+@pytest.mark.parametrize("each", [0, 2])
+def test_decodes_beside_prompts(each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a second stream or behind; where nobody decodes nothing is launched."""
+    folder = write_model(tmp_path / "llama", vocab=250, layers=1)
+    monkeypatch.setattr(overlap, "MANY_DECODES", 2)
+    triton, torch_ = drivers(folder)
+    cast("Any", triton.worker._runner)._decoder.overlap(dataclasses.replace(OFF, large=4, decodes_each=each))
+    launched = Mock(wraps=decode_attention)
+    monkeypatch.setattr(device_decoder, "decode_attention", launched)
+    driven = (
+        triton.run(requests((None, 2, None, 3), tokens=4), (3, 6)),
+        torch_.run(requests((None, 2, None, 3), tokens=4), (3, 6)),
+    )
+    assert_same(*driven)
+    assert {call.kwargs.get("each", 0) for call in launched.call_args_list} == {0, each}
+    launched.reset_mock()
+    triton.run(requests((None, 2), tokens=1))
+    assert not launched.called
 
 
 @pytest.fixture(scope="module")

@@ -74,8 +74,9 @@ def test_samples_point_at_the_last_tokens() -> None:
 
 
 def test_counts_of_the_lists() -> None:
-    _, fields, _, _ = pack(STEPS, no_edits())
+    packed, fields, _, _ = pack(STEPS, no_edits())
     counts = fields["counts"]
+    assert packed.decodes == 2
     assert (counts[PREFILL_ITEMS], counts[DECODE_ITEMS]) == (1, 2)
     assert counts[list(LORA_ROWS)].tolist() == [4, 0, 4, 4]
 
