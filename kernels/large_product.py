@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.launch import cdiv, large_tiles, multiprocessors, require, require_rows, shrink_tiles
+from kernels.launch import large_tiles, multiprocessors, require, require_rows, shrink_tiles
 from kernels.layout import piece_unit
 from kernels.lora_meta import BLOCK_INTS, LORA_MODULES, TILE_INTS, LoraGroup, LoraMeta
 from kernels.silu_mul import silu_times
@@ -206,8 +206,7 @@ def _launch(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, shrunk:
     size = weight.shape[0] // halves
     require(weight.shape[1] == inner and out.shape == (rows, size), "x, weight and out do not fit")
     tiles = large_tiles(x.element_size())
-    programs = cdiv(rows, tiles.rows) * cdiv(size * halves, 2 * tiles.columns)
-    kernel = _large_product[(min(multiprocessors(x.device), programs),)]
+    kernel = _large_product[(min(multiprocessors(x.device), tiles.count(rows, weight.shape[0])),)]
     tensors = (
         TensorDescriptor.from_tensor(out, [tiles.rows, tiles.columns]),
         TensorDescriptor.from_tensor(x, [tiles.rows, tiles.inner]),

@@ -172,6 +172,10 @@ class LargeTiles:
     stages: int
     together: int
 
+    def count(self, rows: int, features: int) -> int:
+        """Of a product of so many rows and output features."""
+        return cdiv(rows, self.rows) * cdiv(features, 2 * self.columns)
+
 
 def large_tiles(itemsize: int) -> LargeTiles:
     """Sums of 128 registers a thread, and inputs that leave a multiprocessor room for the result's tile."""
@@ -180,8 +184,7 @@ def large_tiles(itemsize: int) -> LargeTiles:
 
 def large_fill(tokens: int, features: int, itemsize: int, multiprocessors: int) -> float:
     """A large product's tiles over what the turns hold in which multiprocessors take them: 1 where the last is full."""
-    tiles = large_tiles(itemsize)
-    count = cdiv(tokens, tiles.rows) * cdiv(features, 2 * tiles.columns)
+    count = large_tiles(itemsize).count(tokens, features)
     return count / (cdiv(count, multiprocessors) * multiprocessors)
 
 

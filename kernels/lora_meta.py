@@ -222,6 +222,6 @@ def split_bound(bounds: LoraBounds) -> int:
     if bounds.tile > 16:
         return 1
     if bounds.tokens > LARGE_TOKENS:
-        return 2  # products that take the delta in have registers for no more
+        return 2  # their many rows are programs enough, and gate_up's product adds the parts up for every tile
     splits = min(MAX_SPLITS, 8192 // bounds.tokens)
     return 1 << (splits.bit_length() - 1)  # a power of two, so that few kernels are compiled

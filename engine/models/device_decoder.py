@@ -162,7 +162,8 @@ class DeviceDecoder:
         """Projects, rotates, stores and attends; the result is in `buffers.mixed`."""
         rows, kv, buffers = hidden.shape[0], self._kv, self.buffers
         qkv, query, out = buffers.qkv[:rows], buffers.query[:rows], buffers.mixed[:rows]
-        delta, delta_rows = self._product(index, self._qkv, layer.qkv, hidden, qkv, step.lora)
+        lora = self._used(step.lora, self._qkv)
+        delta, delta_rows = self._product(index, self._qkv, layer.qkv, hidden, qkv, lora)
         norms = None if layer.qk_norms is None else (*layer.qk_norms, self._config.norm_eps)
         rotary_store(
             query, qkv, self._arena, kv, index, step.positions, step.locations, self._table,
@@ -198,7 +199,7 @@ class DeviceDecoder:
         return mixed, residual
 
     def _feed_forward(self, index: int, layer: LayerWeights, hidden: Tensor, lora: LoraMeta | None) -> Tensor:
-        rows, buffers = hidden.shape[0], self.buffers
+        rows, buffers, lora = hidden.shape[0], self.buffers, self._used(lora, self._gate_up)
         active = buffers.active[:rows]
         if self._overlap.merges(rows, layer.gate_up.weight):
             shrunk = self._shrink(index, self._gate_up, hidden, lora)
@@ -238,10 +239,10 @@ class DeviceDecoder:
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """out = x @ weight.T (+ bias) and the adapters' delta, which the next op adds if it is returned.
 
-        Returns the delta, which is computed beside the product, and how many rows it has.
+        lora: None where no adapter of the step has the group. Returns the delta, which is computed beside the product,
+        and how many rows it has.
         """
         rows = x.shape[0]
-        lora = self._used(lora, group)
         if lora is not None:
             delta = self.buffers.delta(*out.shape[-2:])
             pdl = self._pdl and rows <= self._overlap.products
@@ -267,8 +268,7 @@ class DeviceDecoder:
         return lora
 
     def _shrink(self, index: int, group: LoraGroup, x: Tensor, lora: LoraMeta | None) -> Shrunk | None:
-        """Shrink in line; None where the group has no delta."""
-        lora = self._used(lora, group)
+        """Shrink in line; None where the group has no delta, and no lora."""
         if lora is None:
             return None
         lora_shrink(x, self._arena, lora, index, group)

@@ -14,7 +14,7 @@ from kernels.lora_meta import LARGE_TOKENS, LoraGroup
 
 PDL_TOKENS = 256  # of a step whose launches overlap; larger ones are bound by products
 FIRST_TOKENS = 32
-MANY_DECODES = 64
+MANY_DECODES = 64  # enough for a stream of their own to pay
 O_GROUP, GATE_UP_GROUP = 1, 2  # of qkv, o, gate_up, down
 
 

@@ -14,7 +14,6 @@ from engine.models.config import ModelConfig
 from engine.models.decoder_buffers import DecoderBuffers
 from engine.models.device_decoder import DeviceDecoder
 from engine.models.device_weights import load_weights
-from engine.models.dims import LORA_MODULES
 from engine.models.registry import load_config
 from engine.models.weights import Progress, open_weights
 from engine.worker.accelerator import Accelerator, make_accelerator
@@ -22,7 +21,7 @@ from engine.worker.breaks import Breaks
 from engine.worker.device_batch import Packer
 from engine.worker.device_runner import DeviceRunner
 from engine.worker.device_sampler import DeviceSampler
-from engine.worker.memory import allowed_bytes, size_arena
+from engine.worker.memory import adapter_modules, allowed_bytes, size_arena
 from engine.worker.rows import make_rows
 from engine.worker.shapes import Shapes, make_machine
 from engine.worker.warmup import largest_step
@@ -100,7 +99,7 @@ def _runner(setting: Setting, folder: Path, progress: Progress) -> DeviceRunner:
     tokens, samples = max(shape.tokens for shape in largest), max(shape.sequences for shape in largest)
     buffers = DecoderBuffers(model, tokens, samples, setting.dtype, device)
     table = rotary_table(model.rope, dims.head_dim, setting.context, device)
-    modules = LORA_MODULES if config.lora_target_modules is None else config.lora_target_modules
+    modules = adapter_modules(config)
     decoder = DeviceDecoder(model, weights, buffers, table, machine.kv, rows.last_token, accelerator, modules)
     sampler = DeviceSampler(rows, machine.max_running, samples, dims.vocab, model.eos_token_ids, accelerator)
     window = model.sliding_window if any(model.sliding_layers) else None

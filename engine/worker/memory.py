@@ -42,8 +42,12 @@ def largest_adapter_chunks(config: EngineConfig, dims: ModelDims, geometry: Geom
     if not (config.enable_lora or config.lora_paths):
         return 0
     rank = DEFAULT_LORA_RANK if config.max_lora_rank is None else config.max_lora_rank
-    modules = LORA_MODULES if config.lora_target_modules is None else config.lora_target_modules
-    return geometry.adapter_chunks(dims, rank, modules)
+    return geometry.adapter_chunks(dims, rank, adapter_modules(config))
+
+
+def adapter_modules(config: EngineConfig) -> tuple[str, ...]:
+    """Those that adapters may have."""
+    return LORA_MODULES if config.lora_target_modules is None else config.lora_target_modules
 
 
 def allowed_bytes(config: EngineConfig, device: torch.device) -> int:

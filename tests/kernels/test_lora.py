@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels import reference
+from kernels.launch import shrink_tiles
 from kernels.lora_expand import lora_expand
 from kernels.lora_gather import lora_gather
 from kernels.lora_meta import LoraBounds, LoraGroup
@@ -88,12 +89,15 @@ def test_delta(merged: str, tile: int, groups: list[tuple[int, int]], dtype: tor
     assert not wanted[rows : step.rows].any()
 
 
-@pytest.mark.parametrize("merged", ["qkv", "down"])
-def test_large_items_of_long_inputs(merged: str, dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("tile", "merged", "parts"), [(16, "qkv", 4), (16, "down", 8), (64, "qkv", 1), (64, "down", 1)]
+)
+def test_long_inputs_in_parts(tile: int, merged: str, parts: int, dtype: torch.dtype, device: torch.device) -> None:
     """Whose length is no multiple of a tile's."""
     torch.manual_seed(7)
     group = replace(GROUPS[merged], inner=2056)
-    bounds = LoraBounds(43, 128, 5, 7)
+    bounds = LoraBounds(43, tile, 5, 7)
+    assert shrink_tiles(bounds, group, dtype.itemsize).splits == parts
     members = range(group.first, group.first + len(group.features))
     shapes = tuple((2056 if i in members else inner, out) for i, (inner, out) in enumerate(SHAPES))
     adapters = make_adapters(mixed_ranks(), shapes, 7, dtype, device, 0.05)

@@ -16,11 +16,12 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from engine.models.overlap import Overlap
-from engine.plan import Admission, SequenceStep, StepPlan
+from engine.plan import Admission, StepPlan
 from engine.types import SamplingParams
 from engine.worker import device_runner
 from engine.worker.worker import Worker
 from tests.engine.worker.device_cases import start_interpreted, with_adapters
+from tests.engine.worker.test_device_batch import step as sequence
 from tests.support.models import write_model
 
 OPTIONS = "num_warps", "num_stages", "maxnreg", "launch_pdl"
@@ -52,13 +53,8 @@ def step(worker: Worker, number: int, spans: Sequence[tuple[int, int]]) -> None:
     for row, (slot, length) in enumerate(sorted(spans, key=lambda span: (span[0] < 0, span))):
         start = 20 if length == 1 else 0
         tokens, blocks = (3,) * (start + length), tuple(range(-(-(start + length) // size)))
-        admissions.append(Admission(row, 1000 * number + row, tokens, start + length, 0, GREEDY))
-        sequences.append(
-            SequenceStep(
-                row=row, sequence_id=1000 * number + row, slot=slot, start=start, length=length, tokens=tokens[start:],
-                first_new_block=0, new_blocks=blocks, sample=True, output_index=0, ban_stops=False,
-            )
-        )  # fmt: skip
+        admissions.append(Admission(row, row, tokens, start + length, 0, GREEDY))
+        sequences.append(sequence(row, start, tokens[start:], length, slot, new_blocks=blocks))
     plan = StepPlan(number, (1, 2, 3, 4), admissions=tuple(admissions), sequences=tuple(sequences))
     worker.forward(plan)
     worker.sample(plan).result()
