@@ -9,17 +9,23 @@ import triton.language as tl
 
 
 @triton.jit
-def fetch_at(address, size):
-    """A piece a thread: int64 addresses and int32 bytes, both multiples of 16; 0 bytes: none."""
+def fetch_at(address, size, LANES: tl.constexpr):
+    """A piece a thread: LANES int64 addresses and int32 bytes, both multiples of 16; 0 bytes: none.
+
+    The first threads have them all; those behind hold copies, and would fetch the same again.
+    """
     tl.inline_asm_elementwise(
         """{
         .reg .pred real;
+        .reg .u32 thread;
+        mov.u32 thread, %tid.x;
         setp.ne.u32 real, $2, 0;
+        setp.lt.and.u32 real, thread, $3, real;
         @real cp.async.bulk.prefetch.L2.global [$1], $2;
         mov.u32 $0, 0;
         }""",
-        "=r,l,r",
-        [address, size],
+        "=r,l,r,r",
+        [address, size, LANES],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -30,4 +36,5 @@ def fetch_at(address, size):
 def fetch(weight, program, count, width, stride, LANES: tl.constexpr):
     """One program's pieces, one a thread. The widths are multiples of 16; nothing waits for what is fetched."""
     piece = program * LANES + tl.arange(0, LANES)
-    fetch_at(weight.to(tl.int64, bitcast=True) + piece.to(tl.int64) * stride, tl.where(piece < count, width, 0))
+    address = weight.to(tl.int64, bitcast=True) + piece.to(tl.int64) * stride
+    fetch_at(address, tl.where(piece < count, width, 0), LANES)

@@ -43,6 +43,13 @@ def _unit(
     )
 
 
+@triton.jit
+def _part(split, inner, BK: tl.constexpr, SPLITS: tl.constexpr):
+    """(first, one past the last) inner feature of a split: whole tiles side by side, nearly as many in each."""
+    tiles = tl.cdiv(inner, BK)
+    return split * tiles // SPLITS * BK, tl.minimum((split + 1) * tiles // SPLITS * BK, inner)
+
+
 @triton.jit(do_not_specialize=["first"])
 def _shrink(
     x,
@@ -68,6 +75,7 @@ def _shrink(
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
     SIZE: tl.constexpr,
+    EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One unit: BM rows of one item, one rank block of WIDTH modules, one part of the inner dimension.
@@ -84,10 +92,10 @@ def _shrink(
     total = tl.where(tl.load(rows_of) > 0, tl.load(counts + WORK) * (GROUPS * SPLITS), 0)
     if PDL:  # A is on its way while what makes x ends
         if inner % (16 // SIZE) == 0:
+            begin, end = _part(start % SPLITS, inner, BK, SPLITS)
+            piece = (arena + (offset * UNIT + r * inner + begin)).to(tl.int64, bitcast=True)
             real = r < tl.where(start < total, ranks, 0)
-            for at in range(start % SPLITS * BK, inner, BK * SPLITS):
-                piece = (arena + (offset * UNIT + r * inner + at)).to(tl.int64, bitcast=True)
-                fetch_at(piece, tl.where(real, tl.minimum(inner - at, BK) * SIZE, 0))
+            fetch_at(piece, tl.where(real, (end - begin) * SIZE, 0), 16 * WIDTH)
         if (start < total) | (start == 0):  # the others leave their place at once; one makes the launch wait
             tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()  # not sooner: expand would take the place of the product beside
@@ -99,10 +107,15 @@ def _shrink(
             row_mask = (i < rows)[:, None]
             rank_mask = (r < ranks)[:, None]
             acc = tl.zeros([BM, 16 * WIDTH], tl.float32)
-            for at in range(split * BK, inner, BK * SPLITS):
+            begin, end = _part(split, inner, BK, SPLITS)
+            for at in range(begin, end, BK):
                 column = (at + k)[None, :]
-                xx = tl.load(x_rows + column, mask=row_mask & (column < inner), other=0.0)
-                aa = tl.load(a_rows + column, mask=rank_mask & (column < inner), other=0.0)
+                if EVEN:
+                    xx = tl.load(x_rows + column, mask=row_mask, other=0.0)
+                    aa = tl.load(a_rows + column, mask=rank_mask, other=0.0)
+                else:
+                    xx = tl.load(x_rows + column, mask=row_mask & (column < inner), other=0.0)
+                    aa = tl.load(a_rows + column, mask=rank_mask & (column < inner), other=0.0)
                 acc = tl.dot(xx, tl.trans(aa), acc, input_precision="ieee")
             out = z + tl.cast(split, tl.int64) * z_split + (row + i)[:, None] * (modules * max_rank)
             out += (module * max_rank + block * 16 + r)[None, :]
@@ -156,6 +169,7 @@ def lora_shrink(x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: Lor
         BK=tiles.inner,
         SPLITS=tiles.splits,
         SIZE=x.element_size(),
+        EVEN=group.inner % tiles.inner == 0,
         PDL=pdl,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
