@@ -20,7 +20,7 @@ class Offline:
     few: int = 8
     many: int = 64  # adapters, Zipf 1.0
     rank: int = 16
-    runs: int = 2
+    runs: int = 3
 
 
 SMALL = Offline(requests=6, prompt=12, output=4, few=2, many=4, rank=8, runs=1)

@@ -22,7 +22,7 @@ from kernels.silu_mul import silu_times
 @triton.jit
 def _head(lora, line, mask):
     """Of a rank block: first row, one past the last, number, and for either half the rank and B's place."""
-    _arena, _z, _z_split, _z_row, _z_half, desc, desc_stride, desc_half = lora
+    _arena, _z, _z_row, _z_half, desc, desc_stride, desc_half = lora
     begin, end = tl.load(line, mask=mask, other=0), tl.load(line + 1, mask=mask, other=0)
     item, number = tl.load(line + 2, mask=mask, other=0), tl.load(line + 3, mask=mask, other=0)
     left = desc + item.to(tl.int64) * desc_stride
@@ -39,24 +39,22 @@ def _load(
     """What a rank block adds to the halves of a tile: for each z [SPLITS, BM, 16], zero in others' rows, B [BN, 16] and
     its width. column, other: the halves' first columns in their modules of `size` columns.
     """
-    arena, z, z_split, z_row, z_half, _desc, _desc_stride, _desc_half = lora
+    arena, z, z_row, z_half, _desc, _desc_stride, _desc_half = lora
     begin, end, number, left_rank, left_place, right_rank, right_place = head
     row += tl.arange(0, BM)
     own = ((row >= begin) & (row < end))[:, None]
-    z += row.to(tl.int64)[:, None] * z_row + number * 16
+    z += row.to(tl.int64)[:, None] * z_row + number * (16 * SPLITS)
     left_z, left_b, left_width = _side(
-        arena, left_place, left_rank - number * 16, z, z_split, own, column, size, UNIT, SPLITS, BN
+        arena, left_place, left_rank - number * 16, z, own, column, size, UNIT, SPLITS, BN
     )  # fmt: skip
     right_z, right_b, right_width = _side(
-        arena, right_place, right_rank - number * 16, z + z_half, z_split, own, other, size, UNIT, SPLITS, BN
+        arena, right_place, right_rank - number * 16, z + z_half, own, other, size, UNIT, SPLITS, BN
     )  # fmt: skip
     return left_z, left_b, left_width, right_z, right_b, right_width
 
 
 @triton.jit
-def _side(
-    arena, place, ranks, z, z_split, own, column, size, UNIT: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr
-):
+def _side(arena, place, ranks, z, own, column, size, UNIT: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr):
     """z, B and its width of one of the two; ranks: from the block's first on."""
     r = tl.arange(0, 16)
     width = tl.multiple_of(tl.minimum(tl.maximum(ranks, 0), 16), 8)
@@ -64,7 +62,7 @@ def _side(
     held = (r // 8 * 8 < width)[None, :]
     b = arena + place.to(tl.int64) * UNIT + column[:, None] * width + r[None, :]
     bb = tl.load(b, mask=(column < size)[:, None] & held, other=0.0)
-    splits = (tl.arange(0, SPLITS) * z_split)[:, None, None]
+    splits = (tl.arange(0, SPLITS) * 16)[:, None, None]
     return tl.load((z + r[None, :])[None, :, :] + splits, mask=(own & held)[None, :, :], other=0.0), bb, width
 
 
@@ -93,7 +91,6 @@ def _large_product(
     rank_blocks,
     desc_stride,
     desc_half,
-    z_split,
     z_row,
     z_half,
     BIAS: tl.constexpr,
@@ -126,7 +123,7 @@ def _large_product(
         other = column if SILU else column + BN  # in the right half's module
         beyond = size + column if SILU else other  # of the weight's rows
         if LORA:  # what most tiles have to add is read ahead of the sums: it is there when they are
-            lora = (arena, z, z_split, z_row, z_half, desc + module * (1 + rank_blocks), desc_stride, desc_half)
+            lora = (arena, z, z_row, z_half, desc + module * (1 + rank_blocks), desc_stride, desc_half)
             of_tile = tiles + row // BM * TILE_INTS
             first, past = tl.load(of_tile), tl.load(of_tile + 1)
             head = _head(lora, of_tile + 4, first < past)
@@ -219,11 +216,12 @@ def _launch(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, shrunk:
         "STAGES": tiles.stages, "TOGETHER": tiles.together, "num_warps": tiles.warps,
     }  # fmt: skip
     if shrunk is None:
-        kernel(*tensors, *[x] * 5, rows, size, inner, *[0] * 7, LORA=False, SPLITS=1, **constants)
+        kernel(*tensors, *[x] * 5, rows, size, inner, *[0] * 6, LORA=False, SPLITS=1, **constants)
         return
     meta, group = shrunk.meta, shrunk.group
     require(rows <= meta.bounds.tokens and group.features == (size,) * halves, "the delta is of another shape")
     require(meta.bounds.large, "the step is too small to have lists for the tiles")
+    splits = shrink_tiles(meta.bounds, group, x.element_size()).splits
     kernel(
         *tensors,
         shrunk.arena,
@@ -238,10 +236,9 @@ def _launch(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, shrunk:
         meta.bounds.rank_blocks,
         meta.expand_desc.stride(0),
         (halves - 1) * (1 + meta.bounds.rank_blocks),
-        meta.bounds.tokens * halves * meta.max_rank,
-        halves * meta.max_rank,
-        (halves - 1) * meta.max_rank,
+        halves * meta.max_rank * splits,
+        (halves - 1) * meta.max_rank * splits,
         LORA=True,
-        SPLITS=shrink_tiles(meta.bounds, group, x.element_size()).splits,
+        SPLITS=splits,
         **constants,
     )

@@ -88,8 +88,9 @@ def shrink_tiles(bounds: LoraBounds, group: LoraGroup, itemsize: int) -> ShrinkT
     """Small tiles split the inner dimension to have enough programs; large ones read x once for all modules."""
     narrow = 2 if itemsize == 4 else 1
     if bounds.tile == 16:
-        # Beside a product that leaves little memory: smaller tiles, more of them under way.
-        inner, stages = (128, 4) if 32 < bounds.tokens <= PRODUCT_ROWS else (256, 3)
+        # Beside a product that leaves little memory, and where there are many: smaller tiles, more of them under way.
+        small = 32 < bounds.tokens <= PRODUCT_ROWS or bounds.tokens > 256
+        inner, stages = (128, 4) if small else (256, 3)
         splits = min(split_bound(bounds), shrink_splits(bounds.tokens, group), cdiv(group.inner, 256))
         return ShrinkTiles(inner // narrow, splits, False, 2 if bounds.tokens > 128 else 4, stages)
     return ShrinkTiles(64 // narrow, 1, len(group.features) > 1, 4, 4)
@@ -109,8 +110,8 @@ def expand_tiles(bounds: LoraBounds, itemsize: int) -> ExpandTiles:
     narrow = 2 if itemsize == 4 else 1
     if bounds.tile > 16:
         return ExpandTiles(256 // narrow, 4, 2, each=32)
-    columns = 512 if 16 < bounds.tokens <= PRODUCT_ROWS else 256  # more under way, where few programs find room
-    return ExpandTiles(columns // narrow, 2 if 32 < bounds.tokens <= PRODUCT_ROWS else 4, 2)
+    few = 32 < bounds.tokens <= PRODUCT_ROWS  # programs find room beside the product: more under way in each
+    return ExpandTiles((512 if few else 256) // narrow, 2 if few else 4, 2)
 
 
 @dataclass(frozen=True, slots=True)

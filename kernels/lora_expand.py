@@ -62,7 +62,6 @@ def _expand(
     y_stride,
     desc_stride,
     blocks,
-    z_split,
     max_rank,
     out0,
     out1,
@@ -105,18 +104,19 @@ def _expand(
     for index in range(start, total, tl.num_programs(0)):
         size = tl.where(module == 0, out0, tl.where(module == 1, out1, out2)) - column
         row_mask = (i < rows)[:, None]
-        zz = z + (row + i)[:, None] * (modules * max_rank) + module * max_rank + r[None, :]
+        zz = z + (row * modules + module) * (max_rank * SPLITS)
+        zz += i[:, None] * (modules * max_rank * SPLITS) + r[None, :]
         acc = tl.zeros([BM, BN], tl.float32)
         for block in range(tl.cdiv(rank, 16)):
             width = tl.multiple_of(tl.minimum(rank - block * 16, 16), 8)
-            b = arena + offset.to(tl.int64) * UNIT + (column + o)[:, None] * width + r[None, :]
+            b = arena + (offset.to(tl.int64) * UNIT + column * width) + (o[:, None] * width + r[None, :])
             bb = tl.load(b, mask=(o < size)[:, None] & (r < width)[None, :], other=0.0)
             offset = tl.load(entry + 2 + block, mask=block + 1 < blocks, other=0)
             part = tl.zeros([BM, 16], tl.float32)
             for split in tl.static_range(SPLITS):
-                part += tl.load(zz + block * 16 + split * z_split, mask=row_mask, other=0.0)
+                part += tl.load(zz + (block * SPLITS + split) * 16, mask=row_mask, other=0.0)
             acc = tl.dot(part.to(bb.dtype), tl.trans(bb), acc, input_precision="ieee")
-        out = y + (row + i)[:, None] * y_stride + (base + o)[None, :]
+        out = y + (row * y_stride + base) + (i[:, None] * y_stride + o[None, :])
         mask = row_mask & (o < size)[None, :]
         if ADD:
             if rank > 0:
@@ -161,7 +161,6 @@ def lora_expand(
         y.stride(0),
         meta.expand_desc.stride(0),
         meta.bounds.rank_blocks,
-        meta.bounds.tokens * len(features) * meta.max_rank,
         meta.max_rank,
         *out,
         modules=len(features),

@@ -163,7 +163,7 @@ class LoraMeta:
     work: Tensor  # [work, WORK_INTS] int32
     shrink_desc: Tensor  # [work, layers * 7, 2] int32: offset of A's piece, its ranks (0: nothing to do)
     expand_desc: Tensor  # [items, layers * 7, 1 + rank_blocks] int32: rank, offsets of B's pieces
-    z: Tensor  # [elements] float32: shrink's partial products, [splits, tokens, modules, max_rank] in each launch
+    z: Tensor  # [elements] float32: partial products, in each launch [tokens, modules, rank_blocks, splits, 16]
     blocks: Tensor | None = None  # [blocks, BLOCK_INTS] int32: in large steps
     tiles: Tensor | None = None  # [tiles of LARGE_ROWS rows, TILE_INTS] int32: which blocks each has rows of
     known: Sequence[int] | None = None  # rows of each group, where what is launched is for one step; None: for a graph

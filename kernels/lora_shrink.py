@@ -63,7 +63,6 @@ def _shrink(
     inner,
     x_stride,
     desc_stride,
-    z_split,
     max_rank,
     modules: tl.constexpr,
     UNIT: tl.constexpr,
@@ -102,7 +101,7 @@ def _shrink(
     for index in range(start, total, tl.num_programs(0)):
         split = index % SPLITS
         if tl.max(ranks, 0) > 0:
-            x_rows = x + (row + i)[:, None] * x_stride
+            x_rows = x + row * x_stride + i[:, None] * x_stride
             a_rows = arena + (offset * UNIT + r * inner)[:, None]
             row_mask = (i < rows)[:, None]
             rank_mask = (r < ranks)[:, None]
@@ -117,8 +116,8 @@ def _shrink(
                     xx = tl.load(x_rows + column, mask=row_mask & (column < inner), other=0.0)
                     aa = tl.load(a_rows + column, mask=rank_mask & (column < inner), other=0.0)
                 acc = tl.dot(xx, tl.trans(aa), acc, input_precision="ieee")
-            out = z + tl.cast(split, tl.int64) * z_split + (row + i)[:, None] * (modules * max_rank)
-            out += (module * max_rank + block * 16 + r)[None, :]
+            out = z + (row * modules * max_rank + block * 16) * SPLITS + split * 16
+            out += i[:, None] * (modules * max_rank * SPLITS) + (module * max_rank * SPLITS + r)[None, :]
             tl.store(out, acc, mask=row_mask & (ranks > 0)[None, :])
         after = index + tl.num_programs(0)
         module, offset, ranks, row, rows, block = _unit(
@@ -134,8 +133,8 @@ def lora_shrink(x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: Lor
     x: [tokens, in], rows contiguous; arena: [num_chunks, chunk_elements] in x's dtype. Writes meta.z, which lora_expand
     of the same group reads; the next shrink overwrites it.
 
-    Semantics: with row t in an item of slot s, sum_split z[split, t, m, r] = sum_k x[t, k] * A[s, layer, m][r, k]
-    for r below the rank rounded up to 16; rows of the base and modules without an adapter are not written.
+    Semantics: with row t in an item of slot s, sum_split z[t, m, r // 16, split, r % 16] = sum_k x[t, k] * A[s, layer,
+    m][r, k] for r below the rank rounded up to 16; rows of the base and modules without an adapter are not written.
     """
     require_rows(x)
     require(x.dtype == arena.dtype, "x and the arena differ in dtype")
@@ -157,7 +156,6 @@ def lora_shrink(x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: Lor
         x.shape[1],
         x.stride(0),
         meta.shrink_desc.stride(0),
-        meta.bounds.tokens * modules * meta.max_rank,
         meta.max_rank,
         modules,
         UNIT=piece_unit(arena.element_size()),

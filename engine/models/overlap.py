@@ -12,7 +12,8 @@ from torch import Tensor
 from kernels.launch import PRODUCT_ROWS, large_fill, multiprocessors
 from kernels.lora_meta import LARGE_TOKENS, LoraGroup
 
-PDL_TOKENS = 256  # of a step whose launches overlap; larger ones are bound by products
+PDL_TOKENS = 1024  # of a step whose launches overlap: of those in graphs; larger ones are bound by products
+DECODE_TOKENS = 256  # of the largest decode step in a graph
 FIRST_TOKENS = 32
 MANY_DECODES = 64  # enough for a stream of their own to pay
 O_GROUP, GATE_UP_GROUP = 1, 2  # of qkv, o, gate_up, down
@@ -60,7 +61,7 @@ class Overlap:
         """
         if tokens <= self.products:
             return tokens <= self.first and group.index == O_GROUP
-        return group.index != GATE_UP_GROUP or not 2 * PRODUCT_ROWS < tokens <= PDL_TOKENS
+        return group.index != GATE_UP_GROUP or not 2 * PRODUCT_ROWS < tokens <= DECODE_TOKENS
 
     def merges(self, tokens: int, weight: Tensor) -> bool:
         """Whether SiLU-and-mul, and the adapters' delta, are a part of gate_up's product."""

@@ -230,7 +230,9 @@ def sampled(crowd: Case, graphs: bool, overlap: Overlap) -> list[tuple[list[int]
             runner.capture(lora=True, progress=lambda *_: None)
     params = SamplingParams(max_tokens=16, seed=3, temperature=0.9, top_k=50, top_p=0.95, logprobs=0)
     draw = random.Random(1)
-    made = [Request([draw.randrange(480) for _ in range(20)], owner, params) for owner in (None, *range(1, 9))]
-    found = [(r.tokens, [p.logprob for p in r.logprobs]) for r in driver.run(made)]
+    found = []
+    for length in (20, 60):  # together in a graph of a few hundred tokens, and of some more, whose tiles are others
+        made = [Request([draw.randrange(480) for _ in range(length)], owner, params) for owner in (None, *range(1, 9))]
+        found += [(r.tokens, [p.logprob for p in r.logprobs]) for r in driver.run(made)]
     driver.worker.close()
     return found

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.models import overlap as overlap_module
-from engine.models.overlap import FIRST_TOKENS, NEVER, OFF, PDL_TOKENS, Overlap, default_overlap
+from engine.models.overlap import DECODE_TOKENS, FIRST_TOKENS, NEVER, OFF, PDL_TOKENS, Overlap, default_overlap
 from kernels.launch import PRODUCT_ROWS
 from kernels.lora_meta import GROUP_STARTS, LARGE_TOKENS, LoraGroup
 
@@ -53,7 +53,7 @@ def test_beside_lora_more_products_are_ours() -> None:
         (Overlap(), FIRST_TOKENS + 1, [False] * 4),
         (Overlap(), PRODUCT_ROWS + 1, [True] * 4),
         (Overlap(), 2 * PRODUCT_ROWS + 1, [True, True, False, True]),
-        (Overlap(), PDL_TOKENS + 1, [True] * 4),
+        (Overlap(), DECODE_TOKENS + 1, [True] * 4),
         (OFF, 1, [True] * 4),
     ],
     ids=str,
