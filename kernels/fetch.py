@@ -33,8 +33,8 @@ def fetch_at(address, size, LANES: tl.constexpr):
 
 
 @triton.jit
-def fetch(weight, program, count, width, stride, LANES: tl.constexpr):
-    """One program's pieces, one a thread. The widths are multiples of 16; nothing waits for what is fetched."""
-    piece = program * LANES + tl.arange(0, LANES)
+def fetch(weight, count, width, stride, LANES: tl.constexpr):
+    """So many pieces, one a thread. The widths are multiples of 16; nothing waits for what is fetched."""
+    piece = tl.arange(0, LANES)
     address = weight.to(tl.int64, bitcast=True) + piece.to(tl.int64) * stride
     fetch_at(address, tl.where(piece < count, width, 0), LANES)

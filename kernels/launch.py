@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.lora_meta import LARGE_ROWS, LoraBounds, LoraGroup, split_bound
 
+DECODE_TOKENS = 256  # of the largest decode step in a graph, unless a flag says otherwise
 DECODE_TILE, PREFILL_TILE = 16, 64  # rows of a LoRA work item in small steps, and in those of many tokens
 SMALL_STEP = 2048  # tokens of the largest small step: an item of few rows costs as much as its tile
 PRODUCT_ROWS, PRODUCT_PARTS = 64, 2  # of the largest product that is ours, and the most parts it is made in
@@ -80,7 +81,7 @@ def shrink_splits(tokens: int, group: LoraGroup) -> int:
     if tokens <= 128:
         return 4 if tokens > 32 and len(group.features) > 1 else 8
     if len(group.features) > 1:
-        return 4 if tokens <= 256 else 2
+        return 4 if tokens <= DECODE_TOKENS else 2
     return power_of_two(cdiv(group.inner, 1024))
 
 
@@ -89,7 +90,7 @@ def shrink_tiles(bounds: LoraBounds, group: LoraGroup, itemsize: int) -> ShrinkT
     narrow = 2 if itemsize == 4 else 1
     if bounds.tile == 16:
         # Beside a product that leaves little memory, and where there are many: smaller tiles, more of them under way.
-        small = 32 < bounds.tokens <= PRODUCT_ROWS or bounds.tokens > 256
+        small = 32 < bounds.tokens <= PRODUCT_ROWS or bounds.tokens > DECODE_TOKENS
         inner, stages = (128, 4) if small else (256, 3)
         splits = min(split_bound(bounds), shrink_splits(bounds.tokens, group), cdiv(group.inner, 256))
         return ShrinkTiles(inner // narrow, splits, False, 2 if bounds.tokens > 128 else 4, stages)

@@ -98,7 +98,7 @@ def _expand(
         most = tl.where(module == 0, out0, tl.where(module == 1, out1, out2)) - column
         width = tl.where(start < total, tl.minimum(rank, 16), 0)
         piece = arena + offset.to(tl.int64) * UNIT + column * width
-        fetch(piece, 0, 1, tl.minimum(most, BN) * width * SIZE, 0, 32)
+        fetch(piece, 1, tl.minimum(most, BN) * width * SIZE, 0, 32)
         if (start < total) | (start == 0):  # as in shrink
             tl.extra.cuda.gdc_wait()
     for index in range(start, total, tl.num_programs(0)):

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.columns import load_columns
 from kernels.fetch import fetch_at
 from kernels.launch import cdiv, dependent, multiprocessors, power_of_two, require, require_rows, shrink_tiles
 from kernels.layout import piece_unit
@@ -109,12 +110,8 @@ def _shrink(
             begin, end = _part(split, inner, BK, SPLITS)
             for at in range(begin, end, BK):
                 column = (at + k)[None, :]
-                if EVEN:
-                    xx = tl.load(x_rows + column, mask=row_mask, other=0.0)
-                    aa = tl.load(a_rows + column, mask=rank_mask, other=0.0)
-                else:
-                    xx = tl.load(x_rows + column, mask=row_mask & (column < inner), other=0.0)
-                    aa = tl.load(a_rows + column, mask=rank_mask & (column < inner), other=0.0)
+                xx = load_columns(x_rows, column, row_mask, inner, EVEN)
+                aa = load_columns(a_rows, column, rank_mask, inner, EVEN)
                 acc = tl.dot(xx, tl.trans(aa), acc, input_precision="ieee")
             out = z + (row * modules * max_rank + block * 16) * SPLITS + split * 16
             out += i[:, None] * (modules * max_rank * SPLITS) + (module * max_rank * SPLITS + r)[None, :]

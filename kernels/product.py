@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.columns import load_columns
 from kernels.fetch import fetch
 from kernels.launch import dependent, limited, multiprocessors, product_tiles, require, require_rows
 
@@ -59,7 +60,6 @@ def _product(
         tl.extra.cuda.gdc_launch_dependents()
         fetch(
             weight + first.to(tl.int64) * inner + begin,
-            0,
             last - first,
             AHEAD,
             inner * (weight.dtype.element_ty.primitive_bitwidth // 8),
@@ -74,12 +74,9 @@ def _product(
         if TMA:  # what it loads beyond the share is not stored
             ww = weight_tiles.load([first, at])
             xx = x_tiles.load([0, at])
-        elif EVEN:
-            ww = tl.load(w_rows + column, mask=w_mask, other=0.0)
-            xx = tl.load(x_rows + column, mask=x_mask, other=0.0)
         else:
-            ww = tl.load(w_rows + column, mask=w_mask & (column < inner), other=0.0)
-            xx = tl.load(x_rows + column, mask=x_mask & (column < inner), other=0.0)
+            ww = load_columns(w_rows, column, w_mask, inner, EVEN)
+            xx = load_columns(x_rows, column, x_mask, inner, EVEN)
         acc = tl.dot(ww, tl.trans(xx), acc, input_precision="ieee")
     column = first + i
     if BIAS:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.launch import PRODUCT_ROWS, large_fill, multiprocessors
+from kernels.launch import DECODE_TOKENS, PRODUCT_ROWS, large_fill, multiprocessors
 from kernels.lora_meta import LARGE_TOKENS, LoraGroup
 
 PDL_TOKENS = 1024  # of a step whose launches overlap: of those in graphs; larger ones are bound by products
-DECODE_TOKENS = 256  # of the largest decode step in a graph
 FIRST_TOKENS = 32
 MANY_DECODES = 64  # enough for a stream of their own to pay
 O_GROUP, GATE_UP_GROUP = 1, 2  # of qkv, o, gate_up, down

@@ -13,12 +13,11 @@ from engine.geometry import PIECE_RANKS, Geometry
 from engine.models.config import ModelConfig
 from engine.worker.memory import DEFAULT_LORA_RANK
 from kernels.attention_meta import AttentionBounds, decode_splits
-from kernels.launch import SMALL_STEP, lora_tile, power_of_two, q_tile
+from kernels.launch import DECODE_TOKENS, SMALL_STEP, lora_tile, power_of_two, q_tile
 from kernels.layout import KvLayout
 from kernels.lora_meta import HEADER, LoraBounds, PackedLayout
 from kernels.step_meta import step_fields
 
-DEFAULT_GRAPH_MAX = 256
 GRAPH_STEPS = ((4, 1), (8, 4), (64, 8), (128, 16), (512, 32))  # (up to this many rows, in steps of)
 MIXED_GRAPHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)  # tokens; mixed steps above run without a graph
 # With adapters a step is twice as many launches: up to this size the host would not keep up with the device.
@@ -96,7 +95,7 @@ class Shapes:
         self.machine = machine
         self._last_rows = last_rows
         self._made: dict[tuple[int, int, bool, bool, bool, bool], StepShape] = {}
-        limit = min(machine.max_running, DEFAULT_GRAPH_MAX if max_graph is None else max_graph)
+        limit = min(machine.max_running, DECODE_TOKENS if max_graph is None else max_graph)
         self.decode_buckets = tuple(_ladder(limit))
         self._mixed_buckets = {
             lora: tuple(t for t in sizes if mixed_graphs and t <= machine.step_tokens)

@@ -11,6 +11,7 @@ KERNELS = (
     "ahead",
     "attention_decode",
     "attention_prefill",
+    "columns",
     "fetch",
     "kv_store",
     "large_product",

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from engine.models import overlap as overlap_module
-from engine.models.overlap import DECODE_TOKENS, FIRST_TOKENS, NEVER, OFF, PDL_TOKENS, Overlap, default_overlap
-from kernels.launch import PRODUCT_ROWS
+from engine.models.overlap import FIRST_TOKENS, NEVER, OFF, PDL_TOKENS, Overlap, default_overlap
+from kernels.launch import DECODE_TOKENS, PRODUCT_ROWS
 from kernels.lora_meta import GROUP_STARTS, LARGE_TOKENS, LoraGroup
 
 LONG = 3 * 64
