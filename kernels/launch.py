@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.lora_meta import LARGE_ROWS, LoraBounds, LoraGroup, split_bound
 
 DECODE_TOKENS = 256  # of the largest decode step in a graph, unless a flag says otherwise
-DECODE_TILE, PREFILL_TILE = 16, 64  # rows of a LoRA work item in small steps, and in those of many tokens
+NARROW_TILE, DECODE_TILE, PREFILL_TILE = 8, 16, 64  # rows of a LoRA work item: up to PRODUCT_ROWS, SMALL_STEP, above
 SMALL_STEP = 2048  # tokens of the largest small step: an item of few rows costs as much as its tile
 PRODUCT_ROWS, PRODUCT_PARTS = 64, 2  # of the largest product that is ours, and the most parts it is made in
 TMA_ROWS = 96  # of a product above which it pays to load tiles whole
@@ -57,7 +57,12 @@ def limited(registers: int | None) -> dict[str, int]:
 
 
 def lora_tile(tokens: int, *, prefill: bool) -> int:
-    """Rows of a LoRA work item in a bucket of so many tokens."""
+    """Rows of a LoRA work item in a bucket of so many tokens.
+
+    Small ones cost little where adapters have few rows each, and read an adapter with many twice.
+    """
+    if tokens <= PRODUCT_ROWS:
+        return NARROW_TILE
     return PREFILL_TILE if prefill and tokens > SMALL_STEP else DECODE_TILE
 
 
@@ -76,19 +81,17 @@ def shrink_splits(tokens: int, group: LoraGroup) -> int:
     """Parts of the inner dimension at decode: more end sooner, and make expand read more.
 
     So small steps, and expands of few columns (o, down), bear more. Above 128 tokens the product waits for shrink to
-    end: parts of 1,024 inner features where there are few programs, larger ones where there are many.
+    end: parts of 1,024 inner features.
     """
-    if tokens <= 128:
-        return 4 if tokens > 32 and len(group.features) > 1 else 8
-    if len(group.features) > 1:
-        return 4 if tokens <= DECODE_TOKENS else 2
-    return power_of_two(cdiv(group.inner, 1024))
+    if tokens > 128:
+        return power_of_two(cdiv(group.inner, 1024))
+    return 4 if tokens > 32 and len(group.features) > 1 else 8
 
 
 def shrink_tiles(bounds: LoraBounds, group: LoraGroup, itemsize: int) -> ShrinkTiles:
     """Small tiles split the inner dimension to have enough programs; large ones read x once for all modules."""
     narrow = 2 if itemsize == 4 else 1
-    if bounds.tile == 16:
+    if bounds.tile < PREFILL_TILE:
         # Beside a product that leaves little memory, and where there are many: smaller tiles, more of them under way.
         small = 32 < bounds.tokens <= PRODUCT_ROWS or bounds.tokens > DECODE_TOKENS
         inner, stages = (128, 4) if small else (256, 3)
@@ -108,11 +111,14 @@ class ExpandTiles:
 
 
 def expand_tiles(bounds: LoraBounds, itemsize: int) -> ExpandTiles:
-    narrow = 2 if itemsize == 4 else 1
-    if bounds.tile > 16:
-        return ExpandTiles(256 // narrow, 4, 2, each=32)
-    few = 32 < bounds.tokens <= PRODUCT_ROWS  # programs find room beside the product: more under way in each
-    return ExpandTiles((512 if few else 256) // narrow, 2 if few else 4, 2)
+    narrow, wide = (128, 256) if itemsize == 4 else (256, 512)
+    if bounds.tile == PREFILL_TILE:
+        return ExpandTiles(narrow, 4, 2, each=32)
+    if 32 < bounds.tokens <= PRODUCT_ROWS:  # few programs find room beside the product: more under way in each
+        return ExpandTiles(wide, 2, 2)
+    if bounds.tokens <= 2 * PRODUCT_ROWS:
+        return ExpandTiles(narrow, 4, 2)
+    return ExpandTiles(wide, 4, 2 if bounds.rank_blocks > 1 else 1)  # with one block a pipeline has nothing to do
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ def _expand(
     SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One unit: BM rows of one item, BN output columns of one module, every rank.
+    """One unit: BM rows of one item, BN output columns of one module, every rank. B comes first, as A in shrink.
 
     A unit is read before the list's length is known (the list is never shorter than the grid).
     """
@@ -106,7 +106,7 @@ def _expand(
         row_mask = (i < rows)[:, None]
         zz = z + (row * modules + module) * (max_rank * SPLITS)
         zz += i[:, None] * (modules * max_rank * SPLITS) + r[None, :]
-        acc = tl.zeros([BM, BN], tl.float32)
+        acc = tl.zeros([BN, BM], tl.float32)
         for block in range(tl.cdiv(rank, 16)):
             width = tl.multiple_of(tl.minimum(rank - block * 16, 16), 8)
             b = arena + (offset.to(tl.int64) * UNIT + column * width) + (o[:, None] * width + r[None, :])
@@ -115,15 +115,16 @@ def _expand(
             part = tl.zeros([BM, 16], tl.float32)
             for split in tl.static_range(SPLITS):
                 part += tl.load(zz + (block * SPLITS + split) * 16, mask=row_mask, other=0.0)
-            acc = tl.dot(part.to(bb.dtype), tl.trans(bb), acc, input_precision="ieee")
+            acc = tl.dot(bb, tl.trans(part.to(bb.dtype)), acc, input_precision="ieee")
+        delta = tl.trans(acc)
         out = y + (row * y_stride + base) + (i[:, None] * y_stride + o[None, :])
         mask = row_mask & (o < size)[None, :]
         if ADD:
             if rank > 0:
-                acc += tl.load(out, mask=mask, other=0.0).to(tl.float32)
-                tl.store(out, acc.to(y.dtype.element_ty), mask=mask)
+                delta += tl.load(out, mask=mask, other=0.0).to(tl.float32)
+                tl.store(out, delta.to(y.dtype.element_ty), mask=mask)
         else:
-            tl.store(out, acc.to(y.dtype.element_ty), mask=mask)
+            tl.store(out, delta.to(y.dtype.element_ty), mask=mask)
         after = index + tl.num_programs(0)
         module, column, base, entry, rank, offset, row, rows = _unit(
             after, after < total, items, desc, first, desc_stride, blocks, out0, out1, tiles0, tiles1, tiles,

@@ -74,7 +74,7 @@ class LoraBounds:
     """Sizes of the LoRA lists of one bucket: they bound what a step may hold, they do not set what it costs."""
 
     tokens: int  # rows of the bucket
-    tile: int  # rows of a work item: 16, 32, 64 or 128
+    tile: int  # rows of a work item: 8, 16, 32, 64 or 128
     slots: int  # adapters that a step may use at once
     rank_blocks: int  # of the largest adapter allowed
 

@@ -80,6 +80,7 @@ def _shrink(
 ):
     """One unit: BM rows of one item, one rank block of WIDTH modules, one part of the inner dimension.
 
+    A comes first in the product: its ranks fill the 16 rows that the matrix units take at least, an item's need not.
     A unit is read before the list's length is known (the list is never shorter than the grid), and before x is there.
     """
     i = tl.arange(0, BM)
@@ -106,16 +107,16 @@ def _shrink(
             a_rows = arena + (offset * UNIT + r * inner)[:, None]
             row_mask = (i < rows)[:, None]
             rank_mask = (r < ranks)[:, None]
-            acc = tl.zeros([BM, 16 * WIDTH], tl.float32)
+            acc = tl.zeros([16 * WIDTH, BM], tl.float32)
             begin, end = _part(split, inner, BK, SPLITS)
             for at in range(begin, end, BK):
                 column = (at + k)[None, :]
                 xx = load_columns(x_rows, column, row_mask, inner, EVEN)
                 aa = load_columns(a_rows, column, rank_mask, inner, EVEN)
-                acc = tl.dot(xx, tl.trans(aa), acc, input_precision="ieee")
+                acc = tl.dot(aa, tl.trans(xx), acc, input_precision="ieee")
             out = z + (row * modules * max_rank + block * 16) * SPLITS + split * 16
             out += i[:, None] * (modules * max_rank * SPLITS) + (module * max_rank * SPLITS + r)[None, :]
-            tl.store(out, acc, mask=row_mask & (ranks > 0)[None, :])
+            tl.store(out, tl.trans(acc), mask=row_mask & (ranks > 0)[None, :])
         after = index + tl.num_programs(0)
         module, offset, ranks, row, rows, block = _unit(
             after, after < total, work, desc, first, desc_stride, modules, WORK_INTS, GROUPS, WIDTH, SPLITS

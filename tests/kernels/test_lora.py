@@ -70,7 +70,8 @@ BATCHES = ([(3, 5), (0, 1), (4, 18), (1, 2), (2, 3)], [(2, 1)], [(4, 40)])
 @pytest.mark.parametrize(
     ("merged", "tile", "groups"),
     [(merged, 16, batch) for merged in GROUPS for batch in BATCHES[:2]]
-    + [("o", 16, BATCHES[2]), ("qkv", 64, BATCHES[0]), ("gate_up", 128, BATCHES[2]), ("down", 128, BATCHES[0])],
+    + [("qkv", 8, BATCHES[0]), ("gate_up", 8, BATCHES[1]), ("o", 8, BATCHES[2]), ("o", 16, BATCHES[2])]
+    + [("qkv", 64, BATCHES[0]), ("gate_up", 128, BATCHES[2]), ("down", 128, BATCHES[0])],
     ids=str,
 )
 def test_delta(merged: str, tile: int, groups: list[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> None:
@@ -90,7 +91,7 @@ def test_delta(merged: str, tile: int, groups: list[tuple[int, int]], dtype: tor
 
 
 @pytest.mark.parametrize(
-    ("tile", "merged", "parts"), [(16, "qkv", 4), (16, "down", 8), (64, "qkv", 1), (64, "down", 1)]
+    ("tile", "merged", "parts"), [(8, "qkv", 4), (16, "qkv", 4), (16, "down", 8), (64, "qkv", 1), (64, "down", 1)]
 )
 def test_long_inputs_in_parts(tile: int, merged: str, parts: int, dtype: torch.dtype, device: torch.device) -> None:
     """Whose length is no multiple of a tile's."""
@@ -123,6 +124,20 @@ def test_added_to_the_base_product(merged: str, exact: bool, dtype: torch.dtype,
     y = wider[:, :width]
     out, wanted = run(adapters, step, x, y, GROUPS[merged], add=True)
     assert_close(out.to(dtype), wanted)
+
+
+@pytest.mark.parametrize("merged", ["qkv", "down"])
+def test_more_tokens_where_every_rank_is_small(merged: str, dtype: torch.dtype, device: torch.device) -> None:
+    """The expand of larger steps has no loop over rank blocks then."""
+    torch.manual_seed(5)
+    ranks = torch.tensor([16, 8, 0, 16], dtype=torch.int32)[:, None, None].expand(4, LAYERS, 7).contiguous()
+    adapters = make_adapters(ranks, SHAPES, 1, dtype, device, 0.2)
+    step = make_lora_step(LoraBounds(150, 16, 4, 1), adapters, [(1, 70), (3, 1), (0, 18), (2, 3)])
+    lora_gather(step.meta, adapters.pieces, adapters.ranks)
+    x = torch.randn(150, GROUPS[merged].inner, device=device).to(dtype)
+    y = torch.zeros(150, sum(GROUPS[merged].features), dtype=dtype, device=device)
+    out, wanted = run(adapters, step, x, y, GROUPS[merged], add=False)
+    assert_close(out, wanted)
 
 
 @pytest.mark.parametrize("rank", [8, 64, 256])
