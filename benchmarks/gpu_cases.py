@@ -59,8 +59,17 @@ class Bench:
         self._sequences = 0
 
     def load(self, adapter_id: int, pages: HostPages) -> tuple[int, ...]:
-        """Waits until the adapter may be used, in the slot of its number."""
-        chunks = tuple(self._free.pop() for _ in pages.pages)
+        """Waits until the adapter may be used, in the slot of its number; its chunks lie anywhere."""
+        chunks = self.free(len(pages.pages))
+        self.load_into(chunks, adapter_id, pages)
+        return chunks
+
+    def free(self, count: int) -> tuple[int, ...]:
+        """Chunks from anywhere, the caller's until `drop`."""
+        return tuple(self._free.pop() for _ in range(count))
+
+    def load_into(self, chunks: tuple[int, ...], adapter_id: int, pages: HostPages) -> None:
+        """As `load`, over whatever is in these chunks."""
         done, errors = Event(), list[BaseException | None]()
 
         def told(_: int, error: BaseException | None) -> None:
@@ -73,7 +82,6 @@ class Bench:
             raise errors[0]
         if adapter_id <= len(self.slots):
             self.slots[adapter_id - 1] = adapter_id
-        return chunks
 
     def drop(self, adapter_id: int, chunks: Sequence[int]) -> None:
         self.worker.drop(adapter_id)

@@ -19,13 +19,17 @@ from benchmarks.checkpoint import LLAMA_8B, TINY, write_checkpoint
 from benchmarks.device_timing import synchronize, timed_by_host
 from benchmarks.floors import TINY as TINY_FLOORS
 from benchmarks.floors import Floors, Sizes, card_floors, random_matrices, take_floors
-from benchmarks.gpu_cases import Bench, HostPages, random_pages
+from benchmarks.gpu_cases import Bench, HostPages, adapter_layout, random_pages
+from benchmarks.lived_in import LivedIn
 from benchmarks.report import Report
+from engine.adapters.device_bank import neighbours
 from engine.config import EngineConfig
+from engine.models.dims import LORA_MODULES
 from engine.worker.worker import Worker
 
 PARTS = ("decode", "prefill", "lora", "load", "profile")
-LOAD_TURNS = 12
+LOAD_TURNS, LOADED = 12, 1000  # and the id of the adapter that is loaded
+OTHERS = {8: 30, 16: 40, 32: 20, 64: 10}  # ranks of the adapters that came and went before a load, of a hundred
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,21 +227,41 @@ def prefill(bench: Bench, scale: Scale, report: Report, adapters: int, rank: int
 
 
 def load(bench: Bench, pages: HostPages, rank: int, report: Report) -> None:
-    """One adapter from the host to the arena, beside one pinned copy of as many bytes, in turns."""
-    device = bench.worker.info.device
-    host = torch.empty(pages.bytes, dtype=torch.uint8, pin_memory=device.startswith("cuda"))
-    target = torch.empty_like(host, device=device)
-    copies, loads = list[float](), list[float]()
+    """One adapter from the host to the arena, beside one pinned copy of as many bytes, in turns.
+
+    Its chunks are those that the engine's arena gives once requests and adapters came and went; and, for what scattered
+    ones cost, any.
+    """
+    info = bench.worker.info
+    host = torch.empty(pages.bytes, dtype=torch.uint8, pin_memory=info.device.startswith("cuda"))
+    target = torch.empty_like(host, device=info.device)
+    sizes = {adapter_layout(info.dims, bench.worker, other, LORA_MODULES).chunks: n for other, n in OTHERS.items()}
+    arena = LivedIn(info.num_chunks, sizes)
+    copies, loads, apart, runs = list[float](), list[float](), list[float](), list[int]()
     for _ in range(LOAD_TURNS + 2):
         copies.append(timed_by_host(lambda: target.copy_(host, non_blocking=True)))
-        began = time.perf_counter()
-        chunks = bench.load(1000, pages)
-        loads.append((time.perf_counter() - began) * 1e3)
-        bench.drop(1000, chunks)
+        chunks = arena.load(len(pages.pages))
+        runs.append(sum(1 for _ in neighbours(chunks, pages.pages)))
+        loads.append(_timed_load(bench, chunks, pages))
+        bench.worker.drop(LOADED)
+        chunks = bench.free(len(pages.pages))
+        apart.append(_timed_load(bench, chunks, pages))
+        bench.drop(LOADED, chunks)
     report.add("pinned copy of the same bytes", "ms", copies[2:])
-    report.add(f"adapter r{rank}, host to arena", "ms", loads[2:])
-    ratios = [load / copy for load, copy in zip(loads[2:], copies[2:], strict=True)]
-    report.add(f"adapter r{rank}, host to arena: over the copy", "x", ratios)
+    name = f"adapter r{rank}, host to arena"
+    for what, times in ((name, loads), (f"{name}, chunks apart", apart)):
+        note = f"in {statistics.mean(runs[2:]):.1f} copies" if times is loads else f"in {len(pages.pages)} copies"
+        report.add(what, "ms", times[2:], note=note)
+        report.add(
+            f"{what}: over the copy", "x", [time / copy for time, copy in zip(times[2:], copies[2:], strict=True)]
+        )
+
+
+def _timed_load(bench: Bench, chunks: tuple[int, ...], pages: HostPages) -> float:
+    """Milliseconds until the adapter may be used."""
+    began = time.perf_counter()
+    bench.load_into(chunks, LOADED, pages)
+    return (time.perf_counter() - began) * 1e3
 
 
 def full(engine: EngineConfig) -> Scale:

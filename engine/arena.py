@@ -1,10 +1,13 @@
 """Who owns each chunk of the arena. Called by blocks and residency, stepped by the scheduler; holds no memory itself.
 
-A released chunk is free only when the last step that refers to it has committed.
+A released chunk is free only when the last step that refers to it has committed. Blocks come from the arena's start,
+adapters from its end, so that an adapter's chunks lie together as far as may be: neighbours are one copy.
 """
 
 import enum
 from collections.abc import Callable, Iterable
+
+from sortedcontainers import SortedList
 
 
 class ChunkUse(enum.StrEnum):
@@ -25,7 +28,7 @@ class Arena:
         self.committed = 0  # the latest step committed
         self.counts = dict.fromkeys(ChunkUse, 0)
         self.counts[ChunkUse.FREE] = num_chunks
-        self._free = list(range(num_chunks - 1, -1, -1))
+        self._free = SortedList(range(num_chunks))
         self._use = [ChunkUse.FREE] * num_chunks
         self._last_step = [0] * num_chunks
         self._leaving: dict[int, list[int]] = {}  # step -> chunks that are free once it has committed
@@ -50,10 +53,12 @@ class Arena:
         return self._last_step[chunk]
 
     def take(self, count: int, use: ChunkUse) -> list[int]:
-        """Takes free chunks; raises MemoryError when there are too few."""
+        """Takes free chunks, in ascending order; raises MemoryError when there are too few."""
         if count > len(self._free):
             raise MemoryError(f"{count} chunks wanted, {len(self._free)} free")
-        chunks = [self._free.pop() for _ in range(count)]
+        first = len(self._free) - count if use is ChunkUse.ADAPTER else 0
+        chunks = list(self._free.islice(first, first + count))
+        del self._free[first : first + count]
         for chunk in chunks:
             self.set_use(chunk, use)
         return chunks
@@ -105,7 +110,7 @@ class Arena:
 
     def _make_free(self, chunk: int) -> None:
         self.set_use(chunk, ChunkUse.FREE)
-        self._free.append(chunk)
+        self._free.add(chunk)
         self.on_free(chunk)
 
 

@@ -6,7 +6,7 @@ no step does.
 
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -102,8 +102,8 @@ class DeviceBank:
     def _load(self, load: AdapterLoad, adapter: HostPages) -> BaseException | None:
         try:
             with self._accelerator.copying():
-                for chunk, page in zip(load.chunks, adapter.pages, strict=True):
-                    self._bytes[chunk].copy_(page, non_blocking=True)
+                for first, pages in neighbours(load.chunks, adapter.pages):
+                    self._bytes[first : first + len(pages)].copy_(pages, non_blocking=True)
                 pieces, ranks = self._tables(load.chunks, adapter.layout.places)  # while the pages are on their way
                 tables = AdapterTables(
                     self._accelerator.upload(pieces),
@@ -129,3 +129,19 @@ class DeviceBank:
         total = np.zeros(self.ranks.shape[1:], np.int32)
         np.add.at(total, (layer, module), np.where(side == 0, ranks, 0).astype(np.int32))
         return pieces, total
+
+
+def neighbours(chunks: Sequence[int], pages: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """(first chunk, [count, chunk_bytes]) of pages that lie together on both sides: as few copies as may be."""
+    begin = 0
+    for end in range(1, len(chunks) + 1):
+        if end == len(chunks) or chunks[end] != chunks[end - 1] + 1 or not _follows(pages[end], pages[end - 1]):
+            page = pages[begin]
+            yield chunks[begin], page.as_strided((end - begin, len(page)), (len(page), 1))
+            begin = end
+
+
+def _follows(page: Tensor, before: Tensor) -> bool:
+    """Whether one view can span both."""
+    same = page.untyped_storage().data_ptr() == before.untyped_storage().data_ptr()
+    return same and page.data_ptr() == before.data_ptr() + before.nbytes

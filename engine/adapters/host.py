@@ -11,6 +11,7 @@ from operator import attrgetter
 
 import psutil
 import torch
+from sortedcontainers import SortedKeyList
 from torch import Tensor
 
 from engine.adapters.layout import SIDE_A, Layout, Place, pack
@@ -135,13 +136,16 @@ class HostTier:
 
 
 class PagePool:
-    """Equal pages cut from slabs. A slab is added whenever fewer pages than half a slab are free."""
+    """Equal pages cut from slabs. A slab is added whenever fewer pages than half a slab are free.
+
+    Those taken at once lie together as far as may be.
+    """
 
     def __init__(self, page_bytes: int, max_bytes: int, slab_bytes: int, *, pinned: bool) -> None:
         self._page_bytes = page_bytes
         self._slab_pages = max(1, slab_bytes // page_bytes)
         self._pinned = pinned
-        self._free: list[Tensor] = []
+        self._free = SortedKeyList[Tensor, int](key=Tensor.data_ptr)
         self._pages = 0  # allocated
         self._wanted = 0  # free pages that somebody waits for
         self._closed = False
@@ -165,14 +169,15 @@ class PagePool:
                 self._wanted = max(self._wanted, count)
                 self._changed.notify_all()
                 self._changed.wait()
-            pages = tuple(self._free[-count:])
-            del self._free[-count:]
+            first = len(self._free) - count
+            pages = tuple(self._free.islice(first))
+            del self._free[first:]
             self._changed.notify_all()
         return pages
 
     def give(self, pages: tuple[Tensor, ...]) -> None:
         with self._changed:
-            self._free.extend(pages)
+            self._free.update(pages)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -210,7 +215,7 @@ class PagePool:
             slab, count = torch.empty(0, self._page_bytes, dtype=torch.uint8), 0
         with self._changed:
             self._pages += count
-            self._free.extend(slab.unbind())
+            self._free.update(slab.unbind())
             self._wanted = 0
             if not count:
                 self.capacity = self._pages

@@ -76,3 +76,16 @@ def test_check_finds_a_chunk_released_twice() -> None:
     arena.release([chunks[0]])
     with pytest.raises(AssertionError):
         arena.check()
+
+
+def test_adapters_come_from_the_end_and_blocks_from_the_start() -> None:
+    """What an adapter of the same size left is together again, whatever blocks came and went."""
+    arena = Arena(20)
+    first = arena.take(5, ChunkUse.ADAPTER)
+    second = arena.take(5, ChunkUse.ADAPTER)
+    assert (first, second) == ([15, 16, 17, 18, 19], [10, 11, 12, 13, 14])
+    assert arena.take(3, ChunkUse.KV) == [0, 1, 2]
+    arena.release([1, 17, 15, 19, 16, 18])
+    assert arena.take(2, ChunkUse.KV) == [1, 3]
+    assert arena.take(5, ChunkUse.ADAPTER) == [15, 16, 17, 18, 19]
+    assert arena.take(0, ChunkUse.ADAPTER) == arena.take(0, ChunkUse.KV) == []

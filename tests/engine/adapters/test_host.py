@@ -81,6 +81,18 @@ def test_reused_pages_keep_nothing_of_who_was_there(tmp_path: Path) -> None:
     used.close()
 
 
+def test_pages_taken_at_once_lie_together(tmp_path: Path) -> None:
+    """In a slab, even where those before gave theirs back in another order."""
+    file, host = load(tmp_path), tier(slab_bytes=1 << 20)
+    for adapter_id in range(1, 5):
+        host.store(adapter_id, file)
+    for adapter_id in (3, 1, 4, 2):
+        host.drop(adapter_id)
+    starts = [page.data_ptr() for page in host.store(5, file).pages]
+    assert len(starts) > 2
+    assert starts == list(range(starts[0], starts[-1] + 1, host.bytes_used // len(starts)))
+
+
 def test_bytes_are_counted(tmp_path: Path) -> None:
     host, file = tier(), load(tmp_path, rank=8)
     assert host.bytes_used == 0
