@@ -33,11 +33,12 @@ class Overlap:
     def product(self, tokens: int, weight: Tensor, *, lora: bool) -> bool:
         """Whether a product is ours. weight: [out, in]; lora: shrink and expand run beside it.
 
-        Steps of twice as many tokens are where the weight's rows are long (down's), and beside LoRA where they are not
-        very short (gate_up's).
+        Steps of twice as many tokens are where the weight's rows are long (down's), and where they are not very short
+        (gate_up's) beside LoRA or if the tokens fill the product's tile.
         """
         features, inner = weight.shape
-        twice = features <= 2 * inner if lora else inner > 2 * features
+        full = tokens == 2 * self.products
+        twice = features <= 2 * inner if lora or full else inner > 2 * features
         return self._narrow(weight) and tokens <= self.products * (2 if twice else 1)
 
     def dependent(self, tokens: int) -> bool:

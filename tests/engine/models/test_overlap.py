@@ -24,6 +24,8 @@ def weight(inner: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         (Overlap(), 1, 64, True, True),
         (Overlap(), PRODUCT_ROWS, 64, True, True),
         (Overlap(), PRODUCT_ROWS + 1, 64, False, True),
+        (Overlap(), 2 * PRODUCT_ROWS - 1, 64, False, True),
+        (Overlap(), 2 * PRODUCT_ROWS, 64, True, True),
         (Overlap(), 2 * PRODUCT_ROWS, LONG, True, True),
         (Overlap(), 2 * PRODUCT_ROWS + 1, LONG, False, True),
         (Overlap(), PDL_TOKENS + 1, 64, False, False),
