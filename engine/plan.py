@@ -1,5 +1,6 @@
 """What one step does, decided by the scheduler alone and carried out by every rank. Immutable, and free of torch."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from engine.types import SamplingParams, TokenLogprob
@@ -65,6 +66,14 @@ class StepPlan:
     @property
     def tokens(self) -> int:
         return sum(sequence.length for sequence in self.sequences)
+
+    def adapted_rows(self) -> Counter[int]:
+        """Slot -> tokens of its adapter, for the slots that have some."""
+        rows = Counter[int]()
+        for sequence in self.sequences:
+            if sequence.slot >= 0:
+                rows[sequence.slot] += sequence.length
+        return rows
 
 
 @dataclass(frozen=True, slots=True)

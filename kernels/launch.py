@@ -1,6 +1,7 @@
 """What launchers share: sizes of grids and tiles, from static shapes alone so that captured graphs stay valid."""
 
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -56,14 +57,20 @@ def limited(registers: int | None) -> dict[str, int]:
     return {} if registers is None else {"maxnreg": registers}
 
 
-def lora_tile(tokens: int, *, prefill: bool) -> int:
-    """Rows of a LoRA work item in a bucket of so many tokens.
-
-    Small ones cost little where adapters have few rows each, and read an adapter with many twice.
-    """
-    if tokens <= PRODUCT_ROWS:
+def lora_tile(tokens: int, *, prefill: bool, narrow: bool = False) -> int:
+    """Rows of a LoRA work item in a bucket of so many tokens. narrow: of one for steps as `narrow_items` has them."""
+    if tokens <= PRODUCT_ROWS or narrow:
         return NARROW_TILE
     return PREFILL_TILE if prefill and tokens > SMALL_STEP else DECODE_TILE
+
+
+def narrow_items(rows: Collection[int]) -> bool:
+    """Whether adapters with so many rows each are hardly more items of NARROW_TILE than of DECODE_TILE rows.
+
+    Then these cost less; otherwise they read the adapters twice.
+    """
+    narrow, wide = (sum(cdiv(count, tile) for count in rows) for tile in (NARROW_TILE, DECODE_TILE))
+    return 4 * narrow <= 5 * wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +123,7 @@ def expand_tiles(bounds: LoraBounds, itemsize: int) -> ExpandTiles:
         return ExpandTiles(narrow, 4, 2, each=32)
     if 32 < bounds.tokens <= PRODUCT_ROWS:  # few programs find room beside the product: more under way in each
         return ExpandTiles(wide, 2, 2)
-    if bounds.tokens <= 2 * PRODUCT_ROWS:
+    if bounds.tokens <= (PRODUCT_ROWS if bounds.tile == NARROW_TILE else 2 * PRODUCT_ROWS):
         return ExpandTiles(narrow, 4, 2)
     return ExpandTiles(wide, 4, 2 if bounds.rank_blocks > 1 else 1)  # with one block a pipeline has nothing to do
 

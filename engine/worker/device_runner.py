@@ -29,6 +29,7 @@ from engine.worker.shapes import LAST, WINDOWED, Shapes, StepShape, second
 from engine.worker.staging import Staging
 from kernels.ahead import compiling_ahead
 from kernels.attention_meta import AttentionWorkspace
+from kernels.launch import narrow_items
 from kernels.lora_meta import LoraWorkspace
 from kernels.step_input import pick_rows, update_tables
 
@@ -141,11 +142,13 @@ class DeviceRunner:
                 self._sampler.admit(admission)
             for step in plan.sequences:
                 self._rows.extend(step)
-            used = {step.slot for step in plan.sequences if step.slot >= 0}
+            adapted = plan.adapted_rows()
+            used = set(adapted)
             shape = self._shapes.choose(
                 plan.tokens,
                 len(plan.sequences),
                 lora=bool(used),
+                narrow=narrow_items(adapted.values()),
                 all_rows=any(step.prompt_logprobs for step in plan.sequences),
                 context=max((step.start + step.length for step in plan.sequences if step.length > 1), default=0),
             )

@@ -37,13 +37,14 @@ class StepShape:
     lora: bool
     long: bool  # some prefill has a long context; graphs are the same for all
     last_rows: bool  # behind the last layer's attention there are only rows that are sampled, `sequences` at most
+    narrow: bool  # decodes over many adapters with few rows each: LoRA's items are smaller than its others' are
     attention: AttentionBounds
     lora_bounds: LoraBounds
     last_bounds: LoraBounds  # of those rows
     layout: PackedLayout
 
     def __hash__(self) -> int:
-        return hash((self.tokens, self.sequences, self.prefill, self.lora, self.long, self.last_rows))
+        return hash((self.tokens, self.sequences, self.prefill, self.lora, self.long, self.last_rows, self.narrow))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class Shapes:
     ) -> None:
         self.machine = machine
         self._last_rows = last_rows
-        self._made: dict[tuple[int, int, bool, bool, bool, bool], StepShape] = {}
+        self._made: dict[tuple[int, int, bool, bool, bool, bool, bool], StepShape] = {}
         limit = min(machine.max_running, DECODE_TOKENS if max_graph is None else max_graph)
         self.decode_buckets = tuple(_ladder(limit))
         self._mixed_buckets = {
@@ -104,15 +105,24 @@ class Shapes:
 
     def graphs(self, *, lora: bool) -> list[StepShape]:
         """Every shape that is captured, the largest first, so that later ones reuse its memory."""
-        decodes = [self.make(size, size, prefill=False, lora=lora) for size in self.decode_buckets]
+        decodes = [self._decodes(size, lora, narrow) for size in self.decode_buckets for narrow in (False, True)]
         mixed = [self._mixed(size, lora) for size in self._mixed_buckets[lora]]
-        return [*reversed(mixed), *reversed(decodes)]
+        return [*reversed(mixed), *reversed(dict.fromkeys(decodes))]
 
-    def choose(self, tokens: int, sequences: int, *, lora: bool, all_rows: bool = False, context: int = 0) -> StepShape:
+    def choose(
+        self,
+        tokens: int,
+        sequences: int,
+        *,
+        lora: bool,
+        narrow: bool = False,
+        all_rows: bool = False,
+        context: int = 0,
+    ) -> StepShape:
         """The shape of a step; those beyond the graphs' are rounded up, so that few exist.
 
-        context: the longest of a prefill. all_rows: the hidden states of all tokens are wanted; such a shape may have
-        no graph where others have one.
+        narrow: as `narrow_items` says of the adapters' rows. context: the longest of a prefill. all_rows: the hidden
+        states of all tokens are wanted; such a shape may have no graph where others have one.
         Raises ValueError for a step that no buffer holds.
         """
         machine = self.machine
@@ -120,10 +130,8 @@ class Shapes:
             raise ValueError(f"a step of {tokens} tokens and {sequences} sequences is larger than the worker's largest")
         if tokens == sequences:
             at = bisect_left(self.decode_buckets, tokens)
-            if at < len(self.decode_buckets):
-                size = self.decode_buckets[at]
-                return self.make(size, size, prefill=False, lora=lora)
-            return self.make(_round(tokens, 64), _round(tokens, 64), prefill=False, lora=lora)
+            size = self.decode_buckets[at] if at < len(self.decode_buckets) else _round(tokens, 64)
+            return self._decodes(size, lora, narrow)
         mixed = self._mixed_buckets[lora]
         at = bisect_left(mixed, tokens)
         if at < len(mixed):
@@ -164,24 +172,39 @@ class Shapes:
         return [*steps, *self.graphs(lora=True)]
 
     def make(
-        self, tokens: int, sequences: int, *, prefill: bool, lora: bool, all_rows: bool = False, long: bool = False
+        self,
+        tokens: int,
+        sequences: int,
+        *,
+        prefill: bool,
+        lora: bool,
+        all_rows: bool = False,
+        long: bool = False,
+        narrow: bool = False,
     ) -> StepShape:
         last_rows = self._last_rows and prefill and not all_rows and 2 * sequences <= tokens
-        key = tokens, sequences, prefill, lora, long, last_rows
+        key = tokens, sequences, prefill, lora, long, last_rows, narrow
         if key not in self._made:
             self._made[key] = self._make(*key)
         return self._made[key]
+
+    def _decodes(self, size: int, lora: bool, narrow: bool) -> StepShape:
+        narrow = lora and narrow and lora_tile(size, prefill=False) != lora_tile(size, prefill=False, narrow=True)
+        return self.make(size, size, prefill=False, lora=lora, narrow=narrow)
 
     def _mixed(self, tokens: int, lora: bool, all_rows: bool = False) -> StepShape:
         sequences = min(tokens, self.machine.max_running)
         return self.make(tokens, sequences, prefill=True, lora=lora, all_rows=all_rows)
 
-    def _make(self, tokens: int, sequences: int, prefill: bool, lora: bool, long: bool, last_rows: bool) -> StepShape:
+    def _make(
+        self, tokens: int, sequences: int, prefill: bool, lora: bool, long: bool, last_rows: bool, narrow: bool
+    ) -> StepShape:
         machine = self.machine
         splits = decode_splits(sequences, machine.kv.kv_heads, machine.multiprocessors)
         tile = machine.q_tile if prefill else 0
         attention = AttentionBounds(tokens, sequences, tile, splits, machine.max_context)
-        bounds = LoraBounds(tokens, lora_tile(tokens, prefill=prefill), machine.slots, machine.rank_blocks)
+        rows = lora_tile(tokens, prefill=prefill, narrow=narrow)
+        bounds = LoraBounds(tokens, rows, machine.slots, machine.rank_blocks)
         last = LoraBounds(sequences, lora_tile(sequences, prefill=False), machine.slots, machine.rank_blocks)
         fields = [("counts", (HEADER,)), *step_fields(tokens, sequences), *attention.fields()]
         if machine.two_windows:
@@ -191,7 +214,7 @@ class Shapes:
         if lora and last_rows:
             fields += [(f"{LAST}counts", (HEADER,)), *((LAST + n, shape) for n, shape in last.fields())]
         layout = PackedLayout(tuple(fields))
-        return StepShape(tokens, sequences, prefill, lora, long, last_rows, attention, bounds, last, layout)
+        return StepShape(tokens, sequences, prefill, lora, long, last_rows, narrow, attention, bounds, last, layout)
 
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from engine.config import EngineConfig
 from engine.geometry import make_geometry
 from engine.models.registry import parse_config
 from engine.worker.shapes import LONG_CONTEXT, Machine, Shapes, StepShape, make_machine
-from kernels.launch import expand_tiles, shrink_tiles
+from kernels.launch import expand_tiles, narrow_items, shrink_tiles
 from kernels.lora_meta import LoraBounds, LoraGroup, PackedLayout, z_elements
 
 RAW = {
@@ -45,7 +45,7 @@ def test_every_graph_is_chosen_by_the_steps_that_it_holds() -> None:
             if shape.prefill:
                 assert shapes.choose(shape.tokens, 1, lora=lora) is shape
             else:
-                assert shapes.choose(shape.tokens, shape.tokens, lora=lora) is shape
+                assert shapes.choose(shape.tokens, shape.tokens, lora=lora, narrow=shape.narrow) is shape
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -151,3 +151,34 @@ def test_lists_of_lora_are_in_its_family_alone() -> None:
     assert names[1] - names[0] == {"lora_items", "lora_work"}
     assert "windowed_decode_items" in names[0]
     assert isinstance(shapes.choose(9, 2, lora=True).layout, PackedLayout)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sequences", "lora", "tiles"),
+    [
+        (64, 64, True, (8, 8)),
+        (65, 65, True, (16, 8)),
+        (256, 256, True, (16, 8)),
+        (300, 300, True, (16, 8)),
+        (256, 256, False, (16, 16)),
+        (256, 255, True, (16, 16)),
+        (2304, 3, True, (64, 64)),
+    ],
+)
+def test_decodes_of_many_adapters_have_small_items(
+    tokens: int, sequences: int, lora: bool, tiles: tuple[int, int]
+) -> None:
+    """A shape of their own where others of their size have larger ones."""
+    shapes = Shapes(machine(max_running=512, step_tokens=4096), None)
+    wide, narrow = (shapes.choose(tokens, sequences, lora=lora, narrow=narrow) for narrow in (False, True))
+    assert (wide.lora_bounds.tile, narrow.lora_bounds.tile) == tiles
+    assert (wide is narrow) == (tiles[0] == tiles[1])
+    assert wide != narrow or wide is narrow
+
+
+@pytest.mark.parametrize(
+    ("rows", "narrow"),
+    [([1], True), ([8] * 8, True), ([16] * 8, False), ([2] * 130, True), ([2] * 130 + [255], True), ([51] * 5, False)],
+)
+def test_items_are_small_where_that_makes_hardly_more_of_them(rows: list[int], narrow: bool) -> None:
+    assert narrow_items(rows) == narrow
