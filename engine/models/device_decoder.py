@@ -201,7 +201,7 @@ class DeviceDecoder:
     def _feed_forward(self, index: int, layer: LayerWeights, hidden: Tensor, lora: LoraMeta | None) -> Tensor:
         rows, buffers, lora = hidden.shape[0], self.buffers, self._used(lora, self._gate_up)
         active = buffers.active[:rows]
-        if self._overlap.merges(rows, layer.gate_up.weight):
+        if self._overlap.merges(rows, layer.gate_up.weight, lora=lora is not None):
             shrunk = self._shrink(index, self._gate_up, hidden, lora)
             gate_up_silu(active, hidden, layer.gate_up.weight, layer.gate_up.bias, shrunk)
             return active

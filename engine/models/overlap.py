@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.launch import DECODE_TOKENS, PRODUCT_ROWS, large_fill, multiprocessors
-from kernels.lora_meta import LARGE_TOKENS, LoraGroup
+from kernels.lora_meta import LARGE_ROWS, LARGE_TOKENS, LoraGroup
 
 PDL_TOKENS = 1024  # of a step whose launches overlap: of those in graphs; larger ones are bound by products
 FIRST_TOKENS = 32
@@ -63,9 +63,13 @@ class Overlap:
             return tokens <= self.first and group.index == O_GROUP
         return group.index != GATE_UP_GROUP or not 2 * PRODUCT_ROWS < tokens <= DECODE_TOKENS
 
-    def merges(self, tokens: int, weight: Tensor) -> bool:
-        """Whether SiLU-and-mul, and the adapters' delta, are a part of gate_up's product."""
-        return tokens >= self.large and self._narrow(weight) and self._tiled(weight)
+    def merges(self, tokens: int, weight: Tensor, *, lora: bool) -> bool:
+        """Whether SiLU-and-mul, and the adapters' delta, are a part of gate_up's product.
+
+        In small steps where the tokens fill its tile and no adapter has a delta.
+        """
+        full = tokens == LARGE_ROWS and not lora and self.products > 0
+        return (full or tokens >= self.large) and self._narrow(weight) and self._tiled(weight)
 
     def onto_residual(self, tokens: int, weight: Tensor) -> bool:
         """Whether o's product, or down's, is added onto the residual stream."""

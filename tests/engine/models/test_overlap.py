@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.models import overlap as overlap_module
 from engine.models.overlap import FIRST_TOKENS, NEVER, OFF, PDL_TOKENS, Overlap, default_overlap
 from kernels.launch import DECODE_TOKENS, PRODUCT_ROWS
-from kernels.lora_meta import GROUP_STARTS, LARGE_TOKENS, LoraGroup
+from kernels.lora_meta import GROUP_STARTS, LARGE_ROWS, LARGE_TOKENS, LoraGroup
 
 LONG = 3 * 64
 
@@ -98,18 +98,18 @@ def test_decodes_run_beside_large_prompts_alone() -> None:
     ids=str,
 )
 def test_products_of_large_steps_do_what_follows(overlap: Overlap, tokens: int, merged: bool, onto: bool) -> None:
-    assert (overlap.merges(tokens, weight()), overlap.onto_residual(tokens, weight())) == (merged, onto)
+    assert (overlap.merges(tokens, weight(), lora=True), overlap.onto_residual(tokens, weight())) == (merged, onto)
 
 
 def test_tma_reads_rows_of_16_bytes() -> None:
-    assert not Overlap().merges(LARGE_TOKENS, weight(inner=68))
-    assert not Overlap().merges(LARGE_TOKENS, torch.zeros(72, 64, dtype=torch.bfloat16))
+    assert not Overlap().merges(LARGE_TOKENS, weight(inner=68), lora=True)
+    assert not Overlap().merges(LARGE_TOKENS, torch.zeros(72, 64, dtype=torch.bfloat16), lora=True)
 
 
 def test_products_of_four_bytes_an_element_are_the_librarys() -> None:
     exact = weight(dtype=torch.float32)
     assert not Overlap().product(1, exact, lora=False)
-    assert not Overlap().merges(LARGE_TOKENS, exact)
+    assert not Overlap().merges(LARGE_TOKENS, exact, lora=True)
     assert not Overlap().onto_residual(LARGE_TOKENS + 1, exact)
 
 
@@ -127,3 +127,10 @@ def test_a_card_overlaps_what_it_can(
 
 def test_the_interpreter_overlaps_nothing() -> None:
     assert default_overlap(torch.device("cpu")) == OFF
+
+
+def test_without_lora_a_small_step_that_fills_the_tile_is_merged() -> None:
+    merged = [Overlap().merges(tokens, weight(), lora=False) for tokens in (LARGE_ROWS - 1, LARGE_ROWS, LARGE_ROWS + 1)]
+    assert merged == [False, True, False]
+    assert not OFF.merges(LARGE_ROWS, weight(), lora=False)
+    assert not Overlap().merges(LARGE_ROWS, weight(), lora=True)
