@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import torch
 from tqdm import tqdm
+from triton import knobs
 
 from benchmarks.checkpoint import LLAMA_8B, TINY, write_checkpoint
 from benchmarks.device_timing import synchronize, timed_by_host
@@ -90,15 +91,22 @@ def start(report: Report, scale: Scale) -> Bench:
 
 def start_worker(report: Report, model: Mapping[str, Any], config: EngineConfig, name: str = "") -> Worker:
     folder = write_checkpoint(Path(tempfile.mkdtemp()) / "base", model)
+    cached = ", kernels cached" if _any_kernels() else ""
     began = time.perf_counter()
     worker = Worker.start(msgspec.structs.replace(config, model_path=str(folder)), folder, progress=_progress())
-    report.add(f"start, random weights, graphs {name}".rstrip(), "s", [time.perf_counter() - began])
+    report.add(f"start, random weights, graphs{cached} {name}".rstrip(), "s", [time.perf_counter() - began])
     info = worker.info
     report.add(f"arena {name}".rstrip(), "GiB", [info.num_chunks * info.geometry.chunk_bytes / 2**30])
     with torch.inference_mode():
         worker._bank._arena.normal_(0.0, 0.5)  # type: ignore[attr-defined]
     synchronize()
     return worker
+
+
+def _any_kernels() -> bool:
+    """Whether Triton's cache holds some, so that a start does not compile all of its own."""
+    folder = Path(knobs.cache.dir)
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def run(parts: Collection[str], scale: Scale, report: Report, ready: Callable[[], None]) -> None:
