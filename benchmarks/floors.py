@@ -109,9 +109,10 @@ def _transfers(report: Report, sizes: Sizes) -> None:
     """Pinned host memory to the device: an adapter's bytes in one copy, and chunk by chunk."""
     host = torch.zeros(sizes.pages, sizes.page, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
     device = torch.empty_like(host, device=default_device())
+    pairs = list(zip(host.unbind(), reversed(device.unbind()), strict=True))
 
     def scattered() -> None:
-        for source, target in zip(host, device.flip(0), strict=True):
+        for source, target in pairs:
             target.copy_(source, non_blocking=True)
 
     one = report.add(
