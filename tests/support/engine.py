@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 
+from engine.arena import ChunkUse
 from engine.assemble import Engine, build
 from engine.client import EngineClient
 from engine.config import EngineConfig
@@ -69,7 +70,7 @@ async def local_engine(config: EngineConfig, *, poison: bool = True) -> AsyncIte
     gateway_end, engine_end = memory_pair()
     engine = await build(config, engine_end)
     if poison:
-        engine.scheduler._arena.on_free = lambda chunk: engine.worker.poison((chunk,))
+        _poison_freed(engine)
     running = asyncio.create_task(_serve(engine, engine_end))
     client = await EngineClient.over(gateway_end)
     local = LocalEngine(engine, client)
@@ -81,6 +82,34 @@ async def local_engine(config: EngineConfig, *, poison: bool = True) -> AsyncIte
         await asyncio.gather(running, return_exceptions=True)
         engine.close()
         running.result()  # what the engine failed with says more than what its clients saw of it
+
+
+def _poison_freed(engine: Engine) -> None:
+    """A block's chunk at once, an adapter's when the worker is told that it left, which is before it is written again.
+
+    Until then a stack of adapters may be built from it beside the steps, and taken by one that has none of its rows.
+    """
+    arena, told = engine.scheduler._arena, engine.loader.dropped
+    changed, left = arena.set_use, list[int]()
+    before: dict[int, ChunkUse] = {}
+
+    def set_use(chunk: int, use: ChunkUse) -> None:
+        before[chunk] = arena.use(chunk)
+        changed(chunk, use)
+
+    def on_free(chunk: int) -> None:
+        if before[chunk] is ChunkUse.ADAPTER:
+            left.append(chunk)
+        else:
+            engine.worker.poison((chunk,))
+
+    def dropped(adapter_ids: Iterable[int]) -> None:
+        told(adapter_ids)
+        if left:
+            engine.worker.poison(tuple(left))
+            left.clear()
+
+    arena.on_free, arena.set_use, engine.loader.dropped = on_free, set_use, dropped  # type: ignore[method-assign]
 
 
 async def _serve(engine: Engine, link: EngineLink) -> None:
