@@ -257,12 +257,12 @@ def load(bench: Bench, pages: HostPages, rank: int, report: Report) -> None:
         bench.drop(LOADED, chunks)
     report.add("pinned copy of the same bytes", "ms", copies[2:])
     name = f"adapter r{rank}, host to arena"
-    for what, times in ((name, loads), (f"{name}, chunks apart", apart)):
-        note = f"in {statistics.mean(runs[2:]):.1f} copies" if times is loads else f"in {len(pages.pages)} copies"
-        report.add(what, "ms", times[2:], note=note)
-        report.add(
-            f"{what}: over the copy", "x", [time / copy for time, copy in zip(times[2:], copies[2:], strict=True)]
-        )
+    for what, times, count in (
+        (name, loads, statistics.mean(runs[2:])), (f"{name}, chunks apart", apart, len(pages.pages))
+    ):  # fmt: skip
+        report.add(what, "ms", times[2:], note=f"in {count:.1f} copies")
+        ratios = [time / copy for time, copy in zip(times[2:], copies[2:], strict=True)]
+        report.add(f"{what}: over the copy", "x", ratios)
 
 
 def _timed_load(bench: Bench, chunks: tuple[int, ...], pages: HostPages) -> float:

@@ -133,15 +133,16 @@ class DeviceBank:
 
 def neighbours(chunks: Sequence[int], pages: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """(first chunk, [count, chunk_bytes]) of pages that lie together on both sides: as few copies as may be."""
-    begin = 0
-    for end in range(1, len(chunks) + 1):
-        if end == len(chunks) or chunks[end] != chunks[end - 1] + 1 or not _follows(pages[end], pages[end - 1]):
-            page = pages[begin]
-            yield chunks[begin], page.as_strided((end - begin, len(page)), (len(page), 1))
+    places, begin = list(zip(chunks, pages, strict=True)), 0
+    for end in range(1, len(places) + 1):
+        if end == len(places) or not _follows(places[end], places[end - 1]):
+            chunk, page = places[begin]
+            yield chunk, page.as_strided((end - begin, len(page)), (len(page), 1))
             begin = end
 
 
-def _follows(page: Tensor, before: Tensor) -> bool:
-    """Whether one view can span both."""
-    same = page.untyped_storage().data_ptr() == before.untyped_storage().data_ptr()
-    return same and page.data_ptr() == before.data_ptr() + before.nbytes
+def _follows(place: tuple[int, Tensor], before: tuple[int, Tensor]) -> bool:
+    """Whether one view can span both pages, and their chunks are neighbours."""
+    (chunk, page), (last_chunk, last_page) = place, before
+    same = page.untyped_storage().data_ptr() == last_page.untyped_storage().data_ptr()
+    return same and chunk == last_chunk + 1 and page.data_ptr() == last_page.data_ptr() + last_page.nbytes

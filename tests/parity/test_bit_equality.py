@@ -136,10 +136,12 @@ def model(request: pytest.FixtureRequest) -> Model:
 
 
 async def test_all_at_once(model: Model) -> None:
-    """Whose prompts a full step cuts depends on which had come by then."""
-    done = await run(model.config(), model.asks)
-    assert len(told := model.differing(model.asks, done)) <= model.most_cut, told
+    """In float32 no step is full, so that no prompt is cut: which one would be depends on who has come by then."""
+    uncut = {} if model.narrow else {"chunked_prefill_size": 4096}
+    done = await run(model.config(**uncut), model.asks)
+    assert model.differing(model.asks, done) == []
     assert done["mixed_adapter_steps"] > 0
+    assert not (uncut and done["prompt_chunks"])
 
 
 async def test_shuffled_beside_others_with_prefix_cache(model: Model) -> None:

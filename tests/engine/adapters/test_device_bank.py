@@ -1,5 +1,6 @@
 """How an adapter's pages reach its chunks: neighbours on both sides are one copy."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,6 +45,11 @@ def test_neighbours_on_both_sides_are_one_copy() -> None:
     assert copied([3, 4, 5, 6, 7, 8], [*pages[:2], *pages[3:], pages[2]])[1] == 3, "pages apart"
     assert copied([8, 7, 6], pages[:3])[1] == 3, "the other way round"
     assert copied([], [])[1] == 0
+
+
+def test_as_many_chunks_as_pages() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        copied([3, 4], list(slab(3).unbind()))
 
 
 def test_pages_of_two_slabs_are_not_one_copy_even_side_by_side() -> None:
