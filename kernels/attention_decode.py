@@ -8,9 +8,32 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_meta import DECODE_INTS, SEQUENCE_INTS, AttentionMeta
+from kernels.fetch import fetch_at
 from kernels.launch import cdiv, decode_tiles, dependent, multiprocessors, power_of_two, require, require_rows
 from kernels.layout import KvLayout
 from kernels.lora_meta import DECODE_ITEMS, DECODE_SEQUENCES
+
+
+@triton.jit
+def _fetch_blocks(
+    keys,
+    table,
+    begin,
+    end,
+    chunk_elements,
+    KV_HEADS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SIZE: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """One KV head's keys and values in the first blocks of a span. keys: of the head, in the first chunk."""
+    i = tl.arange(0, 2 * AHEAD)
+    block = begin // BLOCK_TOKENS + i // 2
+    here = block * BLOCK_TOKENS < end
+    chunk = tl.load(table + block, mask=here, other=0).to(tl.int64)
+    piece = keys + chunk * chunk_elements + i % 2 * (KV_HEADS * BLOCK_TOKENS * HEAD_DIM)
+    fetch_at(piece.to(tl.int64, bitcast=True), tl.where(here, BLOCK_TOKENS * HEAD_DIM * SIZE, 0), 2 * AHEAD)
 
 
 @triton.jit
@@ -38,6 +61,8 @@ def _decode(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
+    AHEAD: tl.constexpr,
+    SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: one KV head's query group against one span of keys. scale includes log2(e)."""
@@ -62,6 +87,12 @@ def _decode(
     first_whole = tl.load(first_item + 4)
     total = tl.load(counts + ITEMS)
     if PDL:
+        if AHEAD > 0:  # keys and values that are there already are on their way while those of this step are stored
+            first_line = tables + first_table.to(tl.int64) * table_stride
+            past = tl.where(own < total, first_end, 0)
+            _fetch_blocks(
+                keys, first_line, first_begin, past, chunk_elements, KV_HEADS, BLOCK_TOKENS, HEAD_DIM, SIZE, AHEAD
+            )
         tl.extra.cuda.gdc_wait()
     for item in range(own, total, tl.num_programs(1)):
         later = tl.cast(item, tl.int32) > own
@@ -205,6 +236,8 @@ def decode_attention(
         BM=tiles.rows,
         BN=tiles.keys,
         BD=wide,
+        AHEAD=tiles.ahead,
+        SIZE=q.element_size(),
         PDL=pdl,
         num_warps=tiles.warps,
         num_stages=tiles.stages,

@@ -211,6 +211,7 @@ class AttentionTiles:
     keys: int
     warps: int
     stages: int
+    ahead: int = 0  # blocks of each span that a decode fetches before it may read its queries
 
 
 def prefill_tiles(head_dim: int, itemsize: int, long: bool) -> AttentionTiles:
@@ -228,15 +229,18 @@ def prefill_tiles(head_dim: int, itemsize: int, long: bool) -> AttentionTiles:
 def decode_tiles(group: int, head_dim: int, itemsize: int, each: float) -> AttentionTiles:
     """each: programs of the launch for each multiprocessor.
 
-    Between 4 and 8 smaller ones, twice as many of which run at once, leave less of the last round empty. Up to 2 take
-    so much memory that no more find room: launched while some multiprocessors are free, they would crowd on those.
+    Between 4 and 8 smaller ones, twice as many of which run at once, leave less of the last round empty. Up to 2, and
+    between 4 and 6, take so much memory that no more find room: launched while some multiprocessors are free, they
+    would crowd on those. What all of them fetch ahead is some 16 MB, what memory brings while rotary runs.
     """
     rows = max(16, power_of_two(group))
     if itemsize == 4:
         return AttentionTiles(rows, 32, 4, 2)
     if head_dim > 128:
         return AttentionTiles(rows, 64, 4, 2)
-    return AttentionTiles(rows, 32, 1, 3) if 4 < each <= 8 else AttentionTiles(rows, 64, 2, 5 if each <= 2 else 3)
+    if 4 < each <= 8:
+        return AttentionTiles(rows, 32, 1, 5 if each <= 6 else 3, ahead=2)
+    return AttentionTiles(rows, 64, 2, 5 if each <= 2 else 3, ahead=4 if 2 < each <= 4 else 0)
 
 
 def q_tile(heads: int, kv_heads: int, head_dim: int, itemsize: int) -> int:

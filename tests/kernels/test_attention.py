@@ -7,7 +7,7 @@ from kernels import reference
 from kernels.attention_decode import decode_attention
 from kernels.attention_meta import AttentionBounds
 from kernels.attention_prefill import prefill_attention
-from kernels.launch import q_tile
+from kernels.launch import multiprocessors, q_tile
 from kernels.layout import KvLayout
 from tests.kernels.build import KvStep, assert_close, make_kv_step
 
@@ -89,6 +89,22 @@ def test_a_bucket_of_decodes_alone(dtype: torch.dtype, device: torch.device) -> 
     step = make_kv_step(layout, [200, 9], lengths, AttentionBounds(2, 2, 0, 2, 512), 4, dtype, device)
     q = torch.randn(2, 4, 32, device=device).to(dtype)
     assert_close(attend(step, q), expected(step, q))
+
+
+@pytest.mark.parametrize("each", [1, 3, 5, 7])
+def test_many_decodes(each: int, dtype: torch.dtype, device: torch.device) -> None:
+    """So many programs a multiprocessor, whose tiles differ; a launch that fetches blocks ahead computes the same."""
+    torch.manual_seed(each)
+    layout, count = KvLayout(2, 8, 16, 128), max(1, each * multiprocessors(device) // 8)
+    contexts = [1 + 37 * i % 90 for i in range(count)]
+    step = make_kv_step(layout, contexts, [1] * count, AttentionBounds(count, count, 0, 1, 512), 16, dtype, device)
+    q = torch.randn(count, 16, 128, device=device).to(dtype)
+    out = attend(step, q)
+    assert_close(out, expected(step, q))
+    if device.type == "cuda":
+        ahead = torch.zeros_like(out).flatten(1)
+        decode_attention(ahead, q.flatten(1), step.arena, layout, LAYER, step.meta, 128**-0.5, pdl=True)
+        assert torch.equal(ahead, out.flatten(1))
 
 
 def test_same_bits_whoever_shares_the_batch(device: torch.device) -> None:
