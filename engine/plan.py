@@ -1,7 +1,9 @@
 """What one step does, decided by the scheduler alone and carried out by every rank. Immutable, and free of torch."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import msgspec
 
 from engine.types import SamplingParams, TokenLogprob
 
@@ -30,8 +32,7 @@ class Admission:
     params: SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceStep:
+class SequenceStep(msgspec.Struct, frozen=True):
     """One sequence's part of the step: `length` tokens from position `start` on.
 
     `tokens` holds their ids; it is empty when the single token is the one that the step before sampled into the
@@ -76,11 +77,10 @@ class StepPlan:
         return rows
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceResult:
+class SequenceResult(msgspec.Struct, frozen=True):
     """What a step gave one sequence; `tokens` is empty where nothing was sampled."""
 
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = []  # made anew for each
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None  # log-probability of tokens start+1 .. start+length of the prompt
 

@@ -101,7 +101,7 @@ class Planner:
     def _grow(self, draft: Draft, sequence: Sequence) -> bool:
         """One more block; where none can be had, the latest admitted is preempted, or the row waits for a commit."""
         alone = len(self._roster.running) == 1  # nobody else's end makes room
-        while not (self._memory.obtain(1, self._about_to_run(draft)) or (alone and self._memory.obtain(1))):
+        while not (self._obtain_block(draft) or (alone and self._memory.obtain(1))):
             draft.tight = True
             if self._memory.soon() or not self._roster.preempt_latest():
                 return False
@@ -110,6 +110,10 @@ class Planner:
                 return False
         sequence.blocks += self._blocks.allocate(1)
         return True
+
+    def _obtain_block(self, draft: Draft) -> bool:
+        """Who is about to run is asked only where something has to go: rows grow every few steps, each of them."""
+        return self._arena.free > 0 or self._memory.obtain(1, self._about_to_run(draft))
 
     def _about_to_run(self, draft: Draft) -> list[int]:
         """Adapters that the next admission may need: who came later is preempted rather than these evicted again."""

@@ -3,7 +3,7 @@
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 
 from engine.adapters.adapter import Adapter
 from engine.fairness import Shares
@@ -75,9 +75,9 @@ class WaitingQueue:
 
     def wanted(self, count: int, where: Callable[[Adapter], bool]) -> list[Adapter]:
         """The first `count` distinct adapters for which `where` holds, in the order of their first sequences."""
-        lines = ((self.place(line[0]), adapter) for adapter, line in self._lines.items() if adapter is not None)
-        first = heapq.nsmallest(count, (line for line in lines if where(line[1])), key=itemgetter(0))
-        return [adapter for _, adapter in first]
+        lines = [(a, line[0]) for a, line in self._lines.items() if a is not None and where(a)]
+        first = heapq.nsmallest(count, lines, key=lambda line: self.place(line[1]))
+        return [adapter for adapter, _ in first]
 
     def wanted_before(self, adapter: Adapter) -> set[int]:
         """adapter_ids with a waiting sequence earlier than any of this adapter's; all that wait if it has none."""

@@ -1,15 +1,13 @@
 """A plan as the device reads it: lists and tables packed into the fields of one array, once a step, on the host."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
-from operator import itemgetter
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.plan import SequenceStep, StepPlan
-from engine.worker.batch import Span
 from engine.worker.rows import Rows
 from engine.worker.shapes import LAST, WINDOWED, Machine, StepShape, second
 from engine.worker.staging import Ints
@@ -24,7 +22,7 @@ Longs = NDArray[np.int64]
 class Packed:
     """What the host still needs of a packed step."""
 
-    spans: tuple[Span, ...]  # aligned with the plan's sequences
+    firsts: Longs  # [sequences]: each one's first token in the batch
     steps: tuple[SequenceStep, ...]  # those that sample, in the order of the samples
     tail: int  # integers in use
     decodes: int  # sequences of one token
@@ -54,23 +52,25 @@ class Packer:
     ) -> Packed:
         """Writes everything that the step's kernels read."""
         steps = plan.sequences
-        rows, starts, lengths = np.array([(s.row, s.start, s.length) for s in steps], np.int64).T
+        rows, starts, lengths, slots, samples_of = np.array(
+            [(s.row, s.start, s.length, s.slot, s.sample) for s in steps], np.int64
+        ).T
         firsts = np.cumsum(lengths) - lengths
         fields["counts"][:] = 0
         self._pack_tokens(fields, steps, rows, starts, lengths, firsts)
         self._pack_attention(fields, shape, rows, starts, lengths)
         if shape.lora:
-            _pack_lora(fields, [(s.slot, s.length) for s in steps], slot_blocks, shape.lora_bounds)
+            _pack_lora(fields, slots, lengths, slot_blocks, shape.lora_bounds)
+        sampled = np.flatnonzero(samples_of)
         if shape.lora and shape.last_rows:
-            _pack_lora(second(fields, LAST), [(s.slot, 1) for s in steps if s.sample], slot_blocks, shape.last_bounds)
-        sampled = [i for i, s in enumerate(steps) if s.sample]
+            _pack_lora(second(fields, LAST), slots[sampled], np.ones_like(sampled), slot_blocks, shape.last_bounds)
         count = len(sampled)
         fields["samples"][:count] = samples
         fields["samples"][:count, ROW] = (firsts + lengths - 1)[sampled]
         tail, updates, more = self._pack_tail(fields, steps, count, edits)
         lora_rows = tuple(fields["counts"][list(LORA_ROWS)].tolist()) if shape.lora else None
         decodes = int(np.count_nonzero(lengths == 1))
-        return Packed(_spans(steps, firsts), tuple(steps[i] for i in sampled), tail, decodes, lora_rows, updates, more)
+        return Packed(firsts, tuple(steps[i] for i in sampled), tail, decodes, lora_rows, updates, more)
 
     def _pack_tokens(
         self,
@@ -139,15 +139,9 @@ def no_edits() -> Ints:
     return np.empty((0, EDIT_INTS), np.int32)
 
 
-def _pack_lora(
-    fields: Mapping[str, Ints], rows: Iterable[tuple[int, int]], slot_blocks: Ints, bounds: LoraBounds
-) -> None:
-    """rows: (slot, how many) of each sequence in the batch's order; the base comes last and is left out."""
-    slots = groupby(rows, key=itemgetter(0))
-    groups = [(slot, sum(count for _, count in members)) for slot, members in slots if slot >= 0]
-    pack_lora(fields, groups, slot_blocks, bounds.tile)
-
-
-def _spans(steps: Sequence[SequenceStep], firsts: Longs) -> tuple[Span, ...]:
-    pairs = zip(steps, firsts.tolist(), strict=True)
-    return tuple(Span(s.sequence_id, s.row, first, s.length, s.start) for s, first in pairs)
+def _pack_lora(fields: Mapping[str, Ints], slots: Longs, tokens: Longs, slot_blocks: Ints, bounds: LoraBounds) -> None:
+    """slots, tokens: of each sequence in the batch's order; the base (-1) comes last and is left out."""
+    count = int(np.count_nonzero(slots >= 0))
+    starts = np.flatnonzero(np.diff(slots[:count], prepend=-1))
+    groups = np.stack([slots[starts], np.add.reduceat(tokens[:count], starts)], 1) if count else np.empty((0, 2))
+    pack_lora(fields, groups.astype(np.int32), slot_blocks, bounds.tile)

@@ -17,7 +17,6 @@ from engine.models.device_decoder import DeviceDecoder, LastRows, StepTensors
 from engine.models.weights import Progress
 from engine.plan import SequenceStep, StepPlan, StepResult
 from engine.worker.accelerator import Accelerator
-from engine.worker.batch import Span
 from engine.worker.device_batch import Packed, Packer
 from engine.worker.device_logprobs import LogprobRows, logprob_rows
 from engine.worker.device_sampler import DeviceSampler, SampleTensors
@@ -282,17 +281,17 @@ class DeviceRunner:
         return logprob_rows(logits, tokens.long(), alternatives, self._accelerator)
 
     def _prompt_logprobs(self, flight: Flight) -> Iterator[tuple[int, list[LogprobRows]]]:
-        for step, span in zip(flight.plan.sequences, flight.packed.spans, strict=True):
+        for step, first in zip(flight.plan.sequences, flight.packed.firsts.tolist(), strict=True):
             if step.prompt_logprobs:
-                yield step.row, list(self._prompt_part(step, span))
+                yield step.row, list(self._prompt_part(step, first))
 
-    def _prompt_part(self, step: SequenceStep, span: Span) -> Iterable[LogprobRows]:
-        """Log-probabilities of the prompt's tokens that follow this step's."""
+    def _prompt_part(self, step: SequenceStep, first: int) -> Iterable[LogprobRows]:
+        """Log-probabilities of the prompt's tokens that follow this step's, the first of which is `first` in it."""
         state = self._rows.states[step.row]
-        targets = state.tokens[span.start + 1 : min(span.context + 1, state.prompt_length)]
-        for first in range(0, len(targets), LOGPROB_ROWS):
-            some = targets[first : first + LOGPROB_ROWS]
-            rows = self._decoder.buffers.hidden[span.first + first : span.first + first + len(some)]
+        targets = state.tokens[step.start + 1 : min(step.start + step.length + 1, state.prompt_length)]
+        for part in range(0, len(targets), LOGPROB_ROWS):
+            some = targets[part : part + LOGPROB_ROWS]
+            rows = self._decoder.buffers.hidden[first + part : first + part + len(some)]
             logits = torch.empty(len(some), self._sampler.logits.shape[1], dtype=torch.float32, device=rows.device)
             self._decoder.logits(logits, rows)
             top = [state.params.prompt_logprobs or 0] * len(some)

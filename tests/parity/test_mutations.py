@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -69,7 +70,7 @@ def base_with_adapter(patch: Patch) -> None:
 
     def adapting(self: Worker, plan: StepPlan) -> None:
         if plan.slots and plan.slots[0] is not None:
-            steps = tuple(dataclasses.replace(step, slot=max(step.slot, 0)) for step in plan.sequences)
+            steps = tuple(msgspec.structs.replace(step, slot=max(step.slot, 0)) for step in plan.sequences)
             plan = dataclasses.replace(plan, sequences=steps)
         forward(self, plan)
 

@@ -70,7 +70,7 @@ def test_samples_point_at_the_last_tokens() -> None:
     assert fields["step"][SAMPLES] == 2
     assert fields["samples"][:2, ROW].tolist() == [0, 4]
     assert [s.row for s in packed.steps] == [3, 0]
-    assert [span.first for span in packed.spans] == [0, 1, 4]
+    assert packed.firsts.tolist() == [0, 1, 4]
 
 
 def test_counts_of_the_lists() -> None:
