@@ -22,7 +22,7 @@ from engine.client import EngineClient
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """`seconds` are measured behind `warm` seconds, in which the batch fills."""
+    """`seconds` are measured behind `warm` seconds, in which the batch fills; of the capacity, `capacity` seconds."""
 
     counts: tuple[int, ...] = (5, 2000, 100, 1000)  # the fewest, then the most: a run that is cut off has their ratio
     rank: int = 8
@@ -31,7 +31,8 @@ class Trace:
     overload: float = 1.4  # arrivals over what streams in turn are served
     streams: int = 256
     warm: float = 6.0
-    seconds: float = 16.0
+    seconds: float = 32.0  # in half of it a ratio differs from run to run by more than is at stake
+    capacity: float = 16.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ class Capped:
     seconds: float = 20.0
 
 
-SMALL = Trace(counts=(2, 4), lengths=(4, 12), streams=2, warm=0.3, seconds=0.7)
+SMALL = Trace(counts=(2, 4), lengths=(4, 12), streams=2, warm=0.3, seconds=0.7, capacity=0.7)
 SMALL_CAPPED = Capped(adapters=6, fitting=2, rank=8, lengths=(4, 12), streams=2, warm=0.3, seconds=0.7)
 
 
@@ -77,7 +78,7 @@ async def trace(client: EngineClient, scale: Trace, report: Report) -> None:
 async def _capacity(client: EngineClient, scale: Trace, report: Report) -> float:
     """Requests a second of streams in turn over the fewest adapters."""
     names = await load_adapters(client, "s", scale.counts[0], scale.rank, scale.modules)
-    outcome = await _in_turn(client, names, scale)
+    outcome = await _in_turn(client, names, scale, scale.capacity)
     rate = outcome.rate(scale.warm)
     report.add(f"{scale.streams} streams in turn, {scale.counts[0]} adapters", "1/s", [rate])
     return rate
@@ -100,7 +101,7 @@ async def arena(client: EngineClient, scale: Capped, report: Report, what: str) 
     names = await load_adapters(client, "c", scale.adapters, scale.rank, scale.modules)
     before, watched = await client.stats(), Watched()
     async with watching(watched.watch(client)):
-        outcome = await _in_turn(client, names, scale)
+        outcome = await _in_turn(client, names, scale, scale.seconds)
     loads, evictions = moved(before, await client.stats())
     chunks = client.model.num_chunks
     rate = outcome.tokens_per_second(scale.warm)
@@ -123,9 +124,11 @@ async def watching(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         await asyncio.wait([task])
 
 
-async def _in_turn(client: EngineClient, names: Sequence[str], scale: Trace | Capped) -> Outcome:
+async def _in_turn(
+    client: EngineClient, names: Sequence[str], scale: Trace | Capped, seconds: float
+) -> Outcome:  # fmt: skip
     jobs = _jobs(client, names, scale.lengths)
-    return await in_turn(EngineTarget(client), jobs, scale.streams, scale.warm + scale.seconds)
+    return await in_turn(EngineTarget(client), jobs, scale.streams, scale.warm + seconds)
 
 
 def _jobs(client: EngineClient, names: Sequence[str], bounds: tuple[int, int]) -> Iterator[Job]:

@@ -195,7 +195,7 @@ class Scheduler:
         """The next step; None when there is nothing to do now or one plan is ahead already. May hold loads alone."""
         if len(self._flights) >= MAX_AHEAD:
             return None
-        flight = self._planner.plan(self.adapters.pinned, now)
+        flight = self._planner.plan(self.adapters.catalog.pinned, now)
         if flight is None:
             return None
         self._flights.append(flight)

@@ -36,6 +36,11 @@ class Catalog:
         return list(self._by_name.values())
 
     @property
+    def pinned(self) -> list[Adapter]:
+        """Of the listed ones that are not being unloaded; asked for in every step."""
+        return [adapter for adapter in self._by_name.values() if adapter.pinned and not adapter.draining]
+
+    @property
     def retired(self) -> list[Adapter]:
         return [adapter for adapter in self._others.values() if adapter.retired]
 

@@ -54,10 +54,6 @@ class AdapterControl:
     def infos(self) -> list[AdapterInfo]:
         return [self._info(adapter) for adapter in self.catalog.listed]
 
-    @property
-    def pinned(self) -> list[Adapter]:
-        return [adapter for adapter in self.catalog.listed if adapter.pinned and not adapter.draining]
-
     def wanted(self, adapter: Adapter, now: float) -> None:
         """A request names it. Raises EngineError while the failure of its last load is remembered."""
         if adapter.error is not None and now < adapter.retry_at:
@@ -99,7 +95,7 @@ class AdapterControl:
         """
         absent = self._roster.queue.wanted(self._max_fetches, lambda adapter: not adapter.on_host)
         fetches: list[int] = []
-        for adapter in [*self.pinned, *absent]:
+        for adapter in [*self.catalog.pinned, *absent]:
             if adapter.fetchable and self._may_fetch(adapter):
                 adapter.fetching = True
                 fetches.append(adapter.adapter_id)
