@@ -162,11 +162,8 @@ class EngineLoop:
             wake.cancel()
 
     async def _commit(self) -> None:
-        """The next step is launched before anybody is told of this one: the device must not wait for that."""
         flight = self._flights.popleft()
-        outputs = self._scheduler.commit(flight.result.result(), self._time())
-        self._launch()
-        self._send(outputs)
+        self._send(self._scheduler.commit(flight.result.result(), self._time()))
         self._loader.settle()
         await self._link.flush()
 
