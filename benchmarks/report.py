@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 SHORT = "-tiny"  # ends the name of a short form's report, which no figure is taken from
+OVER_BASE = ": over the base in turns"  # behind the name of a case with adapters
 _PACKAGES = ("torch", "triton", "transformers", "peft", "starlette", "uvicorn", "loramux")
 
 

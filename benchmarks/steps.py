@@ -22,7 +22,7 @@ from benchmarks.floors import TINY as TINY_FLOORS
 from benchmarks.floors import Floors, Sizes, card_floors, random_matrices, take_floors
 from benchmarks.gpu_cases import Bench, HostPages, adapter_layout, random_pages
 from benchmarks.lived_in import LivedIn
-from benchmarks.report import Report
+from benchmarks.report import OVER_BASE, Report
 from engine.adapters.device_bank import neighbours
 from engine.config import EngineConfig
 from engine.models.dims import LORA_MODULES
@@ -199,11 +199,20 @@ def _decode_case(
     bench: Bench, floors: Floors, scale: Scale, report: Report, name: str, batch: int, context: int,
     adapters: int = 0, used: int = 0,
 ) -> None:  # fmt: skip
-    times = [decode_times(bench, batch, context, scale.steps, adapters) for _ in range(scale.runs)]
+    """With adapters in turns with the base: a card at its power limit has another clock from one minute to the next."""
+    times, bases = list[float](), list[float]()
+    for _ in range(scale.runs):
+        if adapters:
+            bases.append(decode_times(bench, batch, context, scale.steps, 0))
+        times.append(decode_times(bench, batch, context, scale.steps, adapters))
     floor = floors.step(batch, context + 8 + scale.steps // 2, used)
     ratio = statistics.median(times) / floor
     report.add(name, "ms/step", times, note=f"floor {floor:.3f}, {ratio:.3f} x")
     report.add(f"{name}: over the floor", "x", [time / floor for time in times])
+    if adapters:
+        note = f"base {statistics.median(bases):.3f} ms"
+        ratios = [time / base for time, base in zip(times, bases, strict=True)]
+        report.add(f"{name}{OVER_BASE}", "x", ratios, note=note)
 
 
 def profile(bench: Bench, scale: Scale, name: str, batch: int, adapters: int) -> None:

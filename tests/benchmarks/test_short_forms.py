@@ -46,6 +46,7 @@ def test_steps(tmp_path: Path) -> None:
     assert some(found, "prefill", "2 adapters r8", "32 a step") > 0
     assert found["adapter r8, host to arena: over the copy"] > 0
     assert found["2 adapters r16, batch 2"] > 0
+    assert found["2 adapters r16, batch 2: over the base in turns"] > 0
 
 
 def test_step_against_step(tmp_path: Path) -> None:

@@ -75,6 +75,15 @@ def test_a_quotient_is_of_one_run(tmp_path: Path) -> None:
     assert line(tmp_path, "8 adapters r16, batch 8, over base")[1:4] == ("1.1 x", "<= 1.07 x", "short by 2.8%")
 
 
+def test_a_ratio_measured_in_turns_goes_before_a_quotient(tmp_path: Path) -> None:
+    case, what = "8 adapters r16, batch 8", "8 adapters r16, batch 8, over base"
+    told = {case: 5.5, "base, batch 8": 5.0, "8 adapters r16, batch 8: over the base in turns": 1.06}
+    keep(tmp_path, "turns", "NVIDIA H200", "2026-01-02T00:00", told)
+    assert line(tmp_path, what)[1:4] == ("1.06 x", "<= 1.07 x", "met")
+    keep(tmp_path, "newer", "NVIDIA H200", "2026-01-03T00:00", {case: 5.5, "base, batch 8": 5.0})
+    assert line(tmp_path, what)[1:4] == ("1.1 x", "<= 1.07 x", "short by 2.8%")
+
+
 def test_an_absolute_figure_of_another_card_is_not_judged() -> None:
     speed = Target("speed", "speed", ">=", 100.0, "tokens/s", absolute=True)
     assert verdict(speed, 50.0, "NVIDIA H100") == "the target is for the H200"
