@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import floors, gpu, online
+from benchmarks import floors, gpu, host_steps, online
 from benchmarks.whole import SMALL
 
 Rows = dict[str, float]
@@ -47,6 +47,13 @@ def test_steps(tmp_path: Path) -> None:
     assert found["adapter r8, host to arena: over the copy"] > 0
     assert found["2 adapters r16, batch 2"] > 0
     assert found["2 adapters r16, batch 2: over the base in turns"] > 0
+
+
+def test_steps_of_the_host(tmp_path: Path) -> None:
+    host_steps.main(["--tiny", "--commit", "abc", "--folder", str(tmp_path)])
+    found = rows(tmp_path, "host-steps")
+    parts = [f"{part} a step, {count} adapters" for count in (2, 5) for part in ("planning", "packing", "committing")]
+    assert all(found[part] > 0 for part in parts)
 
 
 def test_step_against_step(tmp_path: Path) -> None:
