@@ -52,7 +52,7 @@ class Packer:
     ) -> Packed:
         """Writes everything that the step's kernels read."""
         steps = plan.sequences
-        rows, starts, lengths, slots, samples_of = np.array(
+        rows, starts, lengths, slots, sampling = np.array(
             [(s.row, s.start, s.length, s.slot, s.sample) for s in steps], np.int64
         ).T
         firsts = np.cumsum(lengths) - lengths
@@ -61,7 +61,7 @@ class Packer:
         self._pack_attention(fields, shape, rows, starts, lengths)
         if shape.lora:
             _pack_lora(fields, slots, lengths, slot_blocks, shape.lora_bounds)
-        sampled = np.flatnonzero(samples_of)
+        sampled = np.flatnonzero(sampling)
         if shape.lora and shape.last_rows:
             _pack_lora(second(fields, LAST), slots[sampled], np.ones_like(sampled), slot_blocks, shape.last_bounds)
         count = len(sampled)
