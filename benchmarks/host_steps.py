@@ -6,7 +6,6 @@ S-LoRA's trace on the trace's engine, with a queue that never empties. The devic
 the three one after the other.
 """
 
-import argparse
 import random
 import tempfile
 import time
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.checkpoint import LLAMA_8B, TINY, write_checkpoint
-from benchmarks.report import SHORT, Report
+from benchmarks.report import asked
 from benchmarks.traffic import zipf
 from benchmarks.whole import FULL as WHOLE
 from engine.adapters.adapter import Hosted
@@ -32,14 +31,17 @@ from engine.models.registry import load_config
 from engine.plan import SequenceResult, StepPlan, StepResult
 from engine.scheduler import Scheduler, scheduler_config
 from engine.types import SamplingParams
+from engine.worker.accelerator import make_accelerator
 from engine.worker.device_batch import Packer, no_edits
+from engine.worker.device_runner import TAIL_INTS
 from engine.worker.rows import make_rows
 from engine.worker.shapes import Shapes, make_machine
+from engine.worker.staging import Staging
 from kernels.launch import narrow_items
+from kernels.lora_meta import GROUP_STARTS
 from kernels.step_meta import SAMPLE_INTS
 
 MULTIPROCESSORS, CONTEXT, ITEMSIZE = 132, 2048, 2  # of a card, a server and bfloat16
-TAIL = 1 << 17  # integers behind a packed step
 PAGES, RANK, QUEUED = 7, 8, 600
 
 
@@ -94,8 +96,9 @@ class Host:
         self._names = [self._hosted(str(number)) for number in range(adapters)]
         self._rows = make_rows(machine.max_running, geometry.blocks(CONTEXT), torch.device("cpu"))
         self._packer, self._shapes = Packer(machine, self._rows, 0), Shapes(machine, None)
-        self._blocks = np.ones((machine.slots, 4), np.int32)
-        self._fields: dict[Any, dict[str, Any]] = {}
+        largest = max(shape.layout.size for shape in self._shapes.largest())
+        self._staging = Staging(make_accelerator(torch.device("cpu")), largest + TAIL_INTS)
+        self._blocks = np.ones((machine.slots, len(GROUP_STARTS)), np.int32)
 
     def requests(self, longest: int) -> Iterator[Submit]:
         draw = random.Random(2)
@@ -114,12 +117,8 @@ class Host:
         shape = self._shapes.choose(
             plan.tokens, len(plan.sequences), lora=bool(adapted), narrow=narrow_items(adapted.values())
         )  # fmt: skip
-        if shape not in self._fields:
-            packed = torch.zeros(shape.layout.size + TAIL, dtype=torch.int32)
-            views = {name: view.numpy() for name, view in shape.layout.split(packed).items()}
-            self._fields[shape] = {**views, "tail": packed[shape.layout.size :].numpy()}
         lines = np.zeros((sum(step.sample for step in plan.sequences), SAMPLE_INTS), np.int32)
-        self._packer.pack(self._fields[shape], shape, plan, self._blocks, lines, no_edits())
+        self._packer.pack(self._staging.begin(shape), shape, plan, self._blocks, lines, no_edits())
 
     def _hosted(self, name: str) -> str:
         """The adapter_id, as a name that the load may draw."""
@@ -165,13 +164,8 @@ def _commit(scheduler: Scheduler, plan: StepPlan, timed: Timed) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--commit", default="", help="the commit to name, where there is no .git")
-    parser.add_argument("--tiny", action="store_true", help="the short form: shows that it runs")
-    arguments = parser.parse_args(argv)
-    scale = SMALL if arguments.tiny else FULL
-    report = Report("host-steps" + (SHORT if arguments.tiny else ""), arguments.commit, folder=arguments.folder)
+    report, tiny = asked("host-steps", __doc__, argv)
+    scale = SMALL if tiny else FULL
     with tempfile.TemporaryDirectory() as folder:
         for adapters in scale.adapters:
             timed = run(Host(scale, adapters, Path(folder)), scale)

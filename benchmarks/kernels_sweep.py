@@ -6,19 +6,17 @@ Axes: tokens and ranks, adapters in the batch, their popularity, slots configure
 TRITON_INTERPRET=1 it needs no accelerator.
 """
 
-import argparse
 import itertools
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from benchmarks.device_timing import default_device, graph_times, matrix_rate, read_rate
 from benchmarks.floors import LLAMA_DIMS, TINY, Sizes
-from benchmarks.report import SHORT, Report
+from benchmarks.report import Report, asked
 from benchmarks.traffic import zipf
 from engine.models.device_decoder import lora_groups
 from engine.models.dims import LORA_MODULES, ModelDims
@@ -159,13 +157,8 @@ def sweep(axes: Axes, report: Report) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--commit", default="", help="the commit to name, where there is no .git")
-    parser.add_argument("--tiny", action="store_true", help="the short form: shows that it runs")
-    arguments = parser.parse_args(argv)
-    name = "kernels_sweep" + (SHORT if arguments.tiny else "")
-    sweep(SMALL if arguments.tiny else FULL, Report(name, arguments.commit, folder=arguments.folder))
+    report, tiny = asked("kernels_sweep", __doc__, argv)
+    sweep(SMALL if tiny else FULL, report)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The one report format of every benchmark: rows with median and spread, printed as a table and kept as JSON."""
 
+import argparse
 import json
 import os
 import platform
@@ -63,6 +64,17 @@ class Report:
         whole.write_text(text)
         whole.replace(path)
         return path
+
+
+def asked(name: str, description: str | None, argv: Sequence[str] | None) -> tuple[Report, bool]:
+    """The report of a benchmark that may be asked for its short form and nothing else, and whether it is."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--commit", default="", help="the commit to name, where there is no .git")
+    parser.add_argument("--tiny", action="store_true", help="the short form: shows that it runs")
+    arguments = parser.parse_args(argv)
+    report = Report(name + (SHORT if arguments.tiny else ""), arguments.commit, folder=arguments.folder)
+    return report, arguments.tiny
 
 
 def environment(commit: str = "") -> dict[str, object]:

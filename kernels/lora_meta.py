@@ -101,7 +101,7 @@ class LoraBounds:
 
 def pack_lora(
     fields: Mapping[str, Ints],
-    groups: Sequence[tuple[int, int]] | Ints,
+    groups: Sequence[tuple[int, int]] | npt.NDArray[np.integer],
     slot_blocks: Ints,  # [slots, groups], most rank blocks that the slot's adapter has in any of the modules and layers
     tile: int,
 ) -> None:

@@ -221,10 +221,10 @@ class Residency:
         others = [other for other in self._host.values() if other is not adapter]
         names = Counter([adapter.name, *(other.name for other in others)])
         count, held = len(names) + fetching, sum(other.host_pages for other in others) + pages
-        victims: list[Adapter] = []
         if not self._exceeds_host(count, held):
-            return victims
+            return []
         spare = sorted((o for o in others if self._may_leave_host(o, protect)), key=lambda o: o.touched, reverse=True)
+        victims: list[Adapter] = []
         while self._exceeds_host(count, held):
             if not spare:
                 return None

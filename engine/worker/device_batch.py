@@ -143,5 +143,5 @@ def _pack_lora(fields: Mapping[str, Ints], slots: Longs, tokens: Longs, slot_blo
     """slots, tokens: of each sequence in the batch's order; the base (-1) comes last and is left out."""
     count = int(np.count_nonzero(slots >= 0))
     starts = np.flatnonzero(np.diff(slots[:count], prepend=-1))
-    groups = np.stack([slots[starts], np.add.reduceat(tokens[:count], starts)], 1) if count else np.empty((0, 2))
-    pack_lora(fields, groups.astype(np.int32), slot_blocks, bounds.tile)
+    groups = np.stack([slots[starts], np.add.reduceat(tokens[:count], starts)], 1)
+    pack_lora(fields, groups, slot_blocks, bounds.tile)

@@ -61,17 +61,13 @@ class DeviceSampler:
         self._accelerator = accelerator
         self._lines = np.zeros((max_running, step_meta.SAMPLE_INTS), np.int32)
         self._edits: dict[int, RowEdits] = {}
-        self._drawing: set[int] = set()  # rows whose tokens are drawn
-        self._biased: set[int] = set()  # rows whose logits are edited in every step
         self._any_forced = False
 
     def admit(self, admission: Admission) -> None:
         """The row starts afresh."""
         params, row = admission.params, admission.row
         self._lines[row] = _line(row, params)
-        (self._drawing.add if params.temperature > 0 else self._drawing.discard)(row)
-        self._edits[row] = edits = _row_edits(params, self._eos, self._vocab)
-        (self._biased.add if len(edits.usual) else self._biased.discard)(row)
+        self._edits[row] = _row_edits(params, self._eos, self._vocab)
         if has_penalties(params):
             self._count(row, admission)
 
@@ -79,8 +75,8 @@ class DeviceSampler:
         """[samples, SAMPLE_INTS], but for the rows of the hidden states."""
         lines = self._lines[[s.row for s in steps]]
         for index, step in enumerate(steps):
-            if step.row in self._drawing:
-                state = self._rows.states[step.row]
+            state = self._rows.states[step.row]
+            if state.params.temperature > 0:
                 noise = int(uniform(state.params.seed, state.choice, step.output_index) * NOISE_SCALE)
                 lines[index, step_meta.NOISE_HIGH] = noise >> step_meta.NOISE_BITS
                 lines[index, step_meta.NOISE_LOW] = noise & NOISE_MASK
@@ -90,9 +86,10 @@ class DeviceSampler:
         """[edits, EDIT_INTS] of all samples."""
         found = []
         for index, step in enumerate(steps):
-            if step.ban_stops or step.row in self._biased:
-                row = self._edits[step.row]
-                found.append((row.early if step.ban_stops else row.usual).copy())
+            row = self._edits[step.row]
+            edits = row.early if step.ban_stops else row.usual
+            if len(edits):
+                found.append(edits.copy())
                 found[-1][:, 0] = index
         return np.concatenate(found) if found else no_edits()
 
