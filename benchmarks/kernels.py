@@ -50,7 +50,7 @@ PREFILLS = (
     ("8 x 1024", [1024] * 8, [1024] * 8),
     ("2048 after 6144", [8192], [2048]),
 )
-DECODE_TILES = ((64, 2, 3), (64, 2, 4), (32, 4, 4), (32, 2, 5), (128, 4, 3))  # keys, warps, stages
+DECODE_TILES = ((1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (2, 7))  # warps, stages
 DECODE_SPLITS = {
     (1, 512): (2, 8),
     (1, 8192): (16, 64),
@@ -72,7 +72,7 @@ def decode(report: Report, tune: bool) -> None:
     for batch, context in DECODES:
         layout = KvLayout(max(2, min(32, 2**33 // (batch * context * 4096))), KV_HEADS, 16, HEAD_DIM)
         for tiles in DECODE_TILES if tune and (batch, context) in TUNED_DECODES else ():
-            with timing.replaced(timing.always(AttentionTiles(16, *tiles)), (attention_decode, "decode_tiles")):
+            with timing.replaced(timing.always(AttentionTiles(8, 16, *tiles)), (attention_decode, "decode_tiles")):
                 _decode(report, layout, batch, context, rate, str(tiles))
         for splits in DECODE_SPLITS.get((batch, context), ()) if tune else ():
             with timing.replaced(timing.always(splits), (attention_meta, "decode_splits")):

@@ -6,34 +6,37 @@ import math
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.attention_meta import DECODE_INTS, SEQUENCE_INTS, AttentionMeta
-from kernels.fetch import fetch_at
-from kernels.launch import cdiv, decode_tiles, dependent, multiprocessors, power_of_two, require, require_rows
+from kernels.launch import (
+    LINE_ALIGN,
+    cdiv,
+    decode_tiles,
+    dependent,
+    kept,
+    multiprocessors,
+    power_of_two,
+    require,
+    require_rows,
+)
 from kernels.layout import KvLayout
 from kernels.lora_meta import DECODE_ITEMS, DECODE_SEQUENCES
 
 
 @triton.jit
-def _fetch_blocks(
-    keys,
-    table,
-    begin,
-    end,
-    chunk_elements,
-    KV_HEADS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    SIZE: tl.constexpr,
-    AHEAD: tl.constexpr,
-):
-    """One KV head's keys and values in the first blocks of a span. keys: of the head, in the first chunk."""
-    i = tl.arange(0, 2 * AHEAD)
-    block = begin // BLOCK_TOKENS + i // 2
-    here = block * BLOCK_TOKENS < end
-    chunk = tl.load(table + block, mask=here, other=0).to(tl.int64)
-    piece = keys + chunk * chunk_elements + i % 2 * (KV_HEADS * BLOCK_TOKENS * HEAD_DIM)
-    fetch_at(piece.to(tl.int64, bitcast=True), tl.where(here, BLOCK_TOKENS * HEAD_DIM * SIZE, 0), 2 * AHEAD)
+def _add_keys(k, v, query, seen, scale, acc, most, norm):
+    """Some more keys. k, v: [keys, BD]; query: [BM, BD]; seen: [keys]; acc: [BD, BM]; most: [BM]; norm: [keys, BM].
+
+    Keys are rows, as their heads' queries are too few for the matrix units' rows; norm is summed over them at the end.
+    """
+    score = tl.dot(k, tl.trans(query), input_precision="ieee") * scale
+    score = tl.where(seen[:, None], score, float("-inf"))
+    high = tl.maximum(most, tl.max(score, 0))
+    weight = tl.exp2(score - high[None, :])
+    fade = tl.exp2(most - high)
+    acc = tl.dot(tl.trans(v), weight.to(v.dtype), acc * fade[None, :], input_precision="ieee")
+    return acc, high, norm * fade[None, :] + weight
 
 
 @triton.jit
@@ -41,6 +44,7 @@ def _decode(
     out,
     q,
     arena,
+    arena_tiles,
     counts,
     items,
     tables,
@@ -49,8 +53,8 @@ def _decode(
     out_stride,
     q_stride,
     table_stride,
-    chunk_elements,
-    layer_start,
+    chunk_lines,
+    layer_line,
     scale,
     ITEMS: tl.constexpr,
     ITEM_INTS: tl.constexpr,
@@ -61,75 +65,84 @@ def _decode(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
-    AHEAD: tl.constexpr,
-    SIZE: tl.constexpr,
+    STAGES: tl.constexpr,
+    KEEP: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program: one KV head's query group against one span of keys. scale includes log2(e)."""
+    """One program: one KV head's query group against one span of keys. scale includes log2(e).
+
+    A line is one head's key or value of one token; BN of them in a block are a tile, which comes by TMA. What follows a
+    sequence's last token in its tile may be anything, so the last tile of a span is read line by line, ahead of the
+    others, and used behind them.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    PER: tl.constexpr = BLOCK_TOKENS // BN
     kv_head = tl.program_id(0)
     g = tl.arange(0, BM)
     n = tl.arange(0, BN)
     d = tl.arange(0, BD)
     real = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
     head = kv_head * GROUP + g
-    keys = arena + layer_start + kv_head * (BLOCK_TOKENS * HEAD_DIM)
-    values = keys + KV_HEADS * BLOCK_TOKENS * HEAD_DIM
+    key_line = layer_line + kv_head * BLOCK_TOKENS
+    value_lines = KV_HEADS * BLOCK_TOKENS  # from a key's to its value's
     # The first item is read before anything else is known (the list is never shorter than the grid). Later ones are
     # read in their own turn: triton 3.6 keeps the first value where a bound of the inner loop is carried between turns.
     own = tl.program_id(1)
+    total = tl.load(counts + ITEMS)
     first_item = items + own * ITEM_INTS
     first_row = tl.load(first_item)
-    first_table = tl.load(first_item + 1)
+    first_place = tl.load(first_item + 1).to(tl.int64)
     first_begin = tl.load(first_item + 2)
     first_end = tl.load(first_item + 3)
     first_whole = tl.load(first_item + 4)
-    total = tl.load(counts + ITEMS)
+    first_table = tables + first_place * table_stride
+    first_block = tl.load(first_table + first_begin // BLOCK_TOKENS, mask=own < total, other=0)
+    first_last = tl.load(first_table + (first_end - 1) // BLOCK_TOKENS, mask=own < total, other=0)
     if PDL:
-        if AHEAD > 0:  # keys and values that are there already are on their way while those of this step are stored
-            first_line = tables + first_table.to(tl.int64) * table_stride
-            past = tl.where(own < total, first_end, 0)
-            _fetch_blocks(
-                keys, first_line, first_begin, past, chunk_elements, KV_HEADS, BLOCK_TOKENS, HEAD_DIM, SIZE, AHEAD
-            )
         tl.extra.cuda.gdc_wait()
     for item in range(own, total, tl.num_programs(1)):
         later = tl.cast(item, tl.int32) > own
         line = items + item * ITEM_INTS
         row = tl.where(later, tl.load(line, mask=later, other=0), first_row).to(tl.int64)
-        place = tl.where(later, tl.load(line + 1, mask=later, other=0), first_table).to(tl.int64)
+        place = tl.where(later, tl.load(line + 1, mask=later, other=0).to(tl.int64), first_place)
         begin = tl.where(later, tl.load(line + 2, mask=later, other=0), first_begin)
         end = tl.where(later, tl.load(line + 3, mask=later, other=0), first_end)
         whole = tl.where(later, tl.load(line + 4, mask=later, other=0), first_whole)
         table = tables + place * table_stride
+        last = (end - 1) // BN
+        block = tl.where(later, tl.load(table + begin // BLOCK_TOKENS, mask=later, other=0), first_block)
+        last_block = tl.where(later, tl.load(table + (end - 1) // BLOCK_TOKENS, mask=later, other=0), first_last)
+        token = last * BN + n
+        lines = last_block.to(tl.int64) * chunk_lines + key_line + token % BLOCK_TOKENS
+        place_of = arena + lines[:, None] * HEAD_DIM + d[None, :]
+        held = (token < end)[:, None] & (d < HEAD_DIM)[None, :]
+        last_k = tl.load(place_of, mask=held, other=0.0)
+        last_v = tl.load(place_of + value_lines * HEAD_DIM, mask=held, other=0.0)
         at = (head * HEAD_DIM)[:, None] + d[None, :]
         query = tl.load(q + row * q_stride + at, mask=real, other=0.0)
-        acc = tl.zeros([BM, BD], tl.float32)
+        acc = tl.zeros([BD, BM], tl.float32)
         most = tl.full([BM], float("-inf"), tl.float32)
-        norm = tl.zeros([BM], tl.float32)
-        for first in range(begin, end, BN):
-            token = first + n
-            block = tl.load(table + token // BLOCK_TOKENS, mask=token < end, other=0).to(tl.int64)
-            start = block * chunk_elements + (token % BLOCK_TOKENS) * HEAD_DIM
-            kv_mask = (token < end)[:, None] & (d < HEAD_DIM)[None, :]
-            k = tl.load(keys + start[:, None] + d[None, :], mask=kv_mask, other=0.0)
-            v = tl.load(values + start[:, None] + d[None, :], mask=kv_mask, other=0.0)
-            score = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
-            score = tl.where((token < end)[None, :], score, float("-inf"))
-            high = tl.maximum(most, tl.max(score, 1))
-            weight = tl.exp2(score - high[:, None])
-            fade = tl.exp2(most - high)
-            norm = norm * fade + tl.sum(weight, 1)
-            acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-            most = high
-        acc = acc / norm[:, None]
+        norm = tl.zeros([BN, BM], tl.float32)
+        for tile in tl.range(begin // BN, last, num_stages=STAGES):
+            tile_line = block * chunk_lines + key_line + tile % PER * BN
+            block = tl.load(table + (tile + 1) // PER)
+            k = arena_tiles.load([tile_line, 0])
+            v = arena_tiles.load([tile_line + value_lines, 0])
+            acc, most, norm = _add_keys(k, v, query, tile * BN + n >= begin, scale, acc, most, norm)
+        # They pass through an operation: bare loads Triton would wait for where they stand.
+        last_k = tl.where(held, last_k, 0.0)
+        last_v = tl.where(held, last_v, 0.0)
+        seen = (token >= begin) & (token < end)
+        acc, most, norm = _add_keys(last_k, last_v, query, seen, scale, acc, most, norm)
+        sums = tl.sum(norm, 0)
+        result = tl.trans(acc / sums[None, :])
         if whole > 0:
-            tl.store(out + row * out_stride + at, acc.to(out.dtype.element_ty), mask=real)
+            tl.store(out + row * out_stride + at, result.to(out.dtype.element_ty), mask=real, eviction_policy=KEEP)
         else:
             part = tl.cast(item, tl.int64) * (KV_HEADS * GROUP) + head
-            tl.store(partial + part[:, None] * HEAD_DIM + d[None, :], acc, mask=real)
-            tl.store(partial_lse + part, most + tl.log2(norm), mask=g < GROUP)
+            tl.store(partial + part[:, None] * HEAD_DIM + d[None, :], result, mask=real, eviction_policy=KEEP)
+            tl.store(partial_lse + part, most + tl.log2(sums), mask=g < GROUP, eviction_policy=KEEP)
 
 
 @triton.jit
@@ -146,6 +159,7 @@ def _combine(
     HEAD_DIM: tl.constexpr,
     BS: tl.constexpr,
     BD: tl.constexpr,
+    KEEP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: one head of one sequence, BS spans at a time."""
@@ -176,7 +190,8 @@ def _combine(
             norm = norm * fade + tl.sum(weight, 0)
             acc = acc * fade + tl.sum(part * weight[:, None], 0)
             most = high
-        tl.store(out + row * out_stride + head * HEAD_DIM + d, (acc / norm).to(out.dtype.element_ty), mask=d < HEAD_DIM)
+        y = out + row * out_stride + head * HEAD_DIM + d
+        tl.store(y, (acc / norm).to(out.dtype.element_ty), mask=d < HEAD_DIM, eviction_policy=KEEP)
 
 
 def decode_attention(
@@ -187,8 +202,9 @@ def decode_attention(
     layer: int,
     meta: AttentionMeta,
     scale: float,
-    pdl: bool = False,
     *,
+    pdl: bool = False,
+    keep: bool = False,
     each: int = 0,
 ) -> None:
     """Attention of the step's decodes: one new token each, over everything cached (or the window that was packed).
@@ -202,6 +218,8 @@ def decode_attention(
     out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, g]) v[j, g].
     """
     require_rows(out, q, arena)
+    require(arena.is_contiguous() and arena.stride(0) % layout.head_dim == 0, "a chunk does not hold whole heads")
+    require(layout.head_dim * q.element_size() % LINE_ALIGN == 0, f"head size {layout.head_dim} is not supported")
     require(q.dtype == arena.dtype, "q and the arena differ in dtype")
     heads = q.shape[1] // layout.head_dim
     require(heads % layout.kv_heads == 0, f"{heads} heads over {layout.kv_heads} KV heads are not supported")
@@ -212,10 +230,12 @@ def decode_attention(
     programs = layout.kv_heads * grid
     tiles = decode_tiles(group, layout.head_dim, q.element_size(), programs / multiprocessors(q.device))
     wide = power_of_two(layout.head_dim)
+    lines = [arena.numel() // layout.head_dim, layout.head_dim]
     _decode[(layout.kv_heads, grid)](
         out,
         q,
         arena,
+        TensorDescriptor(arena, lines, [layout.head_dim, 1], [tiles.keys, wide]),
         meta.counts,
         meta.decode_items,
         meta.block_tables,
@@ -224,8 +244,8 @@ def decode_attention(
         out.stride(0),
         q.stride(0),
         meta.block_tables.stride(0),
-        arena.stride(0),
-        layer * layout.layer_elements,
+        arena.stride(0) // layout.head_dim,
+        layer * layout.layer_elements // layout.head_dim,
         scale * math.log2(math.e),
         ITEMS=DECODE_ITEMS,
         ITEM_INTS=DECODE_INTS,
@@ -236,11 +256,10 @@ def decode_attention(
         BM=tiles.rows,
         BN=tiles.keys,
         BD=wide,
-        AHEAD=tiles.ahead,
-        SIZE=q.element_size(),
+        STAGES=tiles.stages,
+        KEEP=kept(keep),
         PDL=pdl,
         num_warps=tiles.warps,
-        num_stages=tiles.stages,
         **dependent(pdl),
     )
     if meta.bounds.max_parts > 1:
@@ -257,6 +276,7 @@ def decode_attention(
             HEAD_DIM=layout.head_dim,
             BS=8,
             BD=wide,
+            KEEP=kept(keep),
             PDL=pdl,
             num_warps=2,
             **dependent(pdl),

@@ -16,6 +16,7 @@ PRODUCT_ROWS, PRODUCT_PARTS = 64, 2  # of the largest product that is ours, and 
 TMA_ROWS = 96  # of a product above which it pays to load tiles whole
 PRODUCT_MEMORY, SHARED_MEMORY = 222 << 10, 132 << 10  # bytes of a multiprocessor's that a product takes, alone and not
 SHARED_REGISTERS = 168  # a thread's, of a product whose sums are large: an expand has to fit beside it
+LINE_ALIGN = 16  # bytes that the rows of what TMA reads are multiples of
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,6 +51,14 @@ def require_rows(*tensors: Tensor) -> None:
 def dependent(on: bool) -> dict[str, bool]:
     """Launch option of a kernel that may start before the one ahead of it ends, and waits for it by itself."""
     return {"launch_pdl": True} if on else {}
+
+
+def kept(on: bool) -> str:
+    """Eviction policy of what a kernel stores and a later one reads: kept, it outlasts the weights that pass meanwhile.
+
+    It would be written to memory otherwise, even where it is no longer needed, and perhaps be read from there.
+    """
+    return "evict_last" if on else ""
 
 
 def limited(registers: int | None) -> dict[str, int]:
@@ -211,7 +220,6 @@ class AttentionTiles:
     keys: int
     warps: int
     stages: int
-    ahead: int = 0  # blocks of each span that a decode fetches before it may read its queries
 
 
 def prefill_tiles(head_dim: int, itemsize: int, long: bool) -> AttentionTiles:
@@ -227,20 +235,14 @@ def prefill_tiles(head_dim: int, itemsize: int, long: bool) -> AttentionTiles:
 
 
 def decode_tiles(group: int, head_dim: int, itemsize: int, each: float) -> AttentionTiles:
-    """each: programs of the launch for each multiprocessor.
+    """each: programs of the launch for each multiprocessor; few are sooner done with two warps each.
 
-    Between 4 and 8 smaller ones, twice as many of which run at once, leave less of the last round empty. Up to 2, and
-    between 4 and 6, take so much memory that no more find room: launched while some multiprocessors are free, they
-    would crowd on those. What all of them fetch ahead is some 16 MB, what memory brings while rotary runs.
+    A tile is what lies together in any block. More of them under way leave the product behind no room to start in.
     """
-    rows = max(16, power_of_two(group))
-    if itemsize == 4:
-        return AttentionTiles(rows, 32, 4, 2)
-    if head_dim > 128:
-        return AttentionTiles(rows, 64, 4, 2)
-    if 4 < each <= 8:
-        return AttentionTiles(rows, 32, 1, 5 if each <= 6 else 3, ahead=2)
-    return AttentionTiles(rows, 64, 2, 5 if each <= 2 else 3, ahead=4 if 2 < each <= 4 else 0)
+    rows = max(8, power_of_two(group))
+    if itemsize == 4 or head_dim > 128 or rows > 16:
+        return AttentionTiles(rows, 16, 4, 4)
+    return AttentionTiles(rows, 16, 2, 4) if each <= 4 or rows > 8 else AttentionTiles(rows, 16, 1, 3)
 
 
 def q_tile(heads: int, kv_heads: int, head_dim: int, itemsize: int) -> int:

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fetch import fetch
-from kernels.launch import cdiv, dependent, expand_tiles, multiprocessors, require, require_rows, shrink_tiles
+from kernels.launch import cdiv, dependent, expand_tiles, kept, multiprocessors, require, require_rows, shrink_tiles
 from kernels.layout import piece_unit
 from kernels.lora_meta import ITEM_INTS, LORA_ITEMS, LORA_MODULES, LoraGroup, LoraMeta
 
@@ -75,6 +75,7 @@ def _expand(
     SPLITS: tl.constexpr,
     ADD: tl.constexpr,
     SIZE: tl.constexpr,
+    KEEP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One unit: BM rows of one item, BN output columns of one module, every rank. B comes first, as A in shrink.
@@ -124,7 +125,7 @@ def _expand(
                 delta += tl.load(out, mask=mask, other=0.0).to(tl.float32)
                 tl.store(out, delta.to(y.dtype.element_ty), mask=mask)
         else:
-            tl.store(out, delta.to(y.dtype.element_ty), mask=mask)
+            tl.store(out, delta.to(y.dtype.element_ty), mask=mask, eviction_policy=KEEP)
         after = index + tl.num_programs(0)
         module, column, base, entry, rank, offset, row, rows = _unit(
             after, after < total, items, desc, first, desc_stride, blocks, out0, out1, tiles0, tiles1, tiles,
@@ -133,7 +134,15 @@ def _expand(
 
 
 def lora_expand(
-    y: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: LoraGroup, *, add: bool, pdl: bool = False
+    y: Tensor,
+    arena: Tensor,
+    meta: LoraMeta,
+    layer: int,
+    group: LoraGroup,
+    *,
+    add: bool,
+    pdl: bool = False,
+    keep: bool = False,
 ) -> None:
     """Finish the product that lora_shrink of the same group began in meta.z. pdl: as it was launched just before.
 
@@ -173,6 +182,7 @@ def lora_expand(
         SPLITS=shrink_tiles(meta.bounds, group, itemsize).splits,
         ADD=add,
         SIZE=itemsize,
+        KEEP=kept(keep),
         PDL=pdl,
         num_warps=tiles.warps,
         num_stages=tiles.stages,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.columns import load_columns
 from kernels.fetch import fetch_at
-from kernels.launch import cdiv, dependent, multiprocessors, power_of_two, require, require_rows, shrink_tiles
+from kernels.launch import cdiv, dependent, kept, multiprocessors, power_of_two, require, require_rows, shrink_tiles
 from kernels.layout import piece_unit
 from kernels.lora_meta import LORA_MODULES, LORA_WORK, WORK_INTS, LoraGroup, LoraMeta
 
@@ -76,6 +76,7 @@ def _shrink(
     SPLITS: tl.constexpr,
     SIZE: tl.constexpr,
     EVEN: tl.constexpr,
+    KEEP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One unit: BM rows of one item, one rank block of WIDTH modules, one part of the inner dimension.
@@ -116,14 +117,16 @@ def _shrink(
                 acc = tl.dot(aa, tl.trans(xx), acc, input_precision="ieee")
             out = z + (row * modules * max_rank + block * 16) * SPLITS + split * 16
             out += i[:, None] * (modules * max_rank * SPLITS) + (module * max_rank * SPLITS + r)[None, :]
-            tl.store(out, tl.trans(acc), mask=row_mask & (ranks > 0)[None, :])
+            tl.store(out, tl.trans(acc), mask=row_mask & (ranks > 0)[None, :], eviction_policy=KEEP)
         after = index + tl.num_programs(0)
         module, offset, ranks, row, rows, block = _unit(
             after, after < total, work, desc, first, desc_stride, modules, WORK_INTS, GROUPS, WIDTH, SPLITS
         )
 
 
-def lora_shrink(x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: LoraGroup, *, pdl: bool = False) -> None:
+def lora_shrink(
+    x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: LoraGroup, *, pdl: bool = False, keep: bool = False
+) -> None:
     """Partial products of a group's modules.
 
     pdl: starts before what makes x has ended, and waits for it; its expand is launched next, and may start meanwhile.
@@ -166,6 +169,7 @@ def lora_shrink(x: Tensor, arena: Tensor, meta: LoraMeta, layer: int, group: Lor
         SPLITS=tiles.splits,
         SIZE=x.element_size(),
         EVEN=group.inner % tiles.inner == 0,
+        KEEP=kept(keep),
         PDL=pdl,
         num_warps=tiles.warps,
         num_stages=tiles.stages,

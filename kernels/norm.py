@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import dependent, power_of_two, require, require_rows
+from kernels.launch import dependent, kept, power_of_two, require, require_rows
 
 
 @triton.jit
@@ -28,6 +28,7 @@ def _rms_norm(
     PARTS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     DELTA: tl.constexpr,
+    KEEP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: one row."""
@@ -49,17 +50,20 @@ def _rms_norm(
     if DELTA:
         value += tl.load(delta + row * delta_stride + i, mask=lora, other=0.0).to(tl.float32)
     if RESIDUAL:
-        tl.store(residual + row * residual_stride + i, value.to(residual.dtype.element_ty), mask=real)
+        tl.store(
+            residual + row * residual_stride + i, value.to(residual.dtype.element_ty), mask=real, eviction_policy=KEEP
+        )
     scale = tl.rsqrt(tl.sum(value * value, 0) / SIZE + eps)
-    tl.store(out + row * out_stride + i, (value * scale * w).to(out.dtype.element_ty), mask=real)
+    normed = (value * scale * w).to(out.dtype.element_ty)
+    tl.store(out + row * out_stride + i, normed, mask=real, eviction_policy=KEEP)
 
 
-def rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
-    """out, x: [tokens, size], rows contiguous, may be the same; weight: [size].
+def rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float, *, keep: bool = False) -> None:
+    """out, x: [tokens, size], rows contiguous, may be the same; weight: [size]. keep: see `kernels.launch.kept`.
 
     Semantics: out[t, i] = x[t, i] / sqrt(mean_j x[t, j]^2 + eps) * weight[i], in float32, rounded once.
     """
-    _launch(out, x, None, weight, eps, None, None)
+    _launch(out, x, None, weight, eps, None, None, keep=keep)
 
 
 def add_rms_norm(
@@ -72,6 +76,7 @@ def add_rms_norm(
     delta: Tensor | None = None,
     delta_rows: Tensor | None = None,
     pdl: bool = False,
+    keep: bool = False,
 ) -> None:
     """out, residual, y, delta: [tokens, size], rows contiguous, each of its own dtype; out may be y. weight: [size].
     y: or [parts, tokens, size], whose sum over the parts is meant.
@@ -79,7 +84,7 @@ def add_rms_norm(
     Semantics: s[t] = residual[t] + y[t] (+ delta[t] for t < delta_rows[0]); residual = s;
     out[t, i] = s[t, i] / sqrt(mean_j s[t, j]^2 + eps) * weight[i], from s before it is rounded.
     """
-    _launch(out, y, residual, weight, eps, delta, delta_rows, pdl)
+    _launch(out, y, residual, weight, eps, delta, delta_rows, pdl=pdl, keep=keep)
 
 
 def _launch(
@@ -90,7 +95,9 @@ def _launch(
     eps: float,
     delta: Tensor | None,
     delta_rows: Tensor | None,
+    *,
     pdl: bool = False,
+    keep: bool,
 ) -> None:
     require_rows(out, x, weight)
     require(delta is None or delta_rows is not None, "a delta needs the number of its rows")
@@ -117,6 +124,7 @@ def _launch(
         PARTS=parts,
         RESIDUAL=residual is not None,
         DELTA=delta is not None,
+        KEEP=kept(keep),
         PDL=pdl,
         num_warps=warps,
         **dependent(pdl),

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.columns import load_columns
 from kernels.fetch import fetch
-from kernels.launch import dependent, limited, multiprocessors, product_tiles, require, require_rows
+from kernels.launch import dependent, kept, limited, multiprocessors, product_tiles, require, require_rows
 
 AHEAD = 512  # bytes of each output feature's weights that are fetched before the input is there
 
@@ -42,6 +42,7 @@ def _product(
     LANES: tl.constexpr,
     AHEAD: tl.constexpr,
     TMA: tl.constexpr,
+    KEEP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: an equal share of the output features, one part of the inner dimension, all rows."""
@@ -83,7 +84,8 @@ def _product(
         here = column < tl.where(part == 0, last, 0)
         acc += tl.load(bias + column, mask=here, other=0.0).to(tl.float32)[:, None]
     y = out + part.to(tl.int64) * out_part + m[:, None] * out_stride + column[None, :]
-    tl.store(y, tl.trans(acc).to(out.dtype.element_ty), mask=x_mask & (column < last)[None, :])
+    mask = x_mask & (column < last)[None, :]
+    tl.store(y, tl.trans(acc).to(out.dtype.element_ty), mask=mask, eviction_policy=KEEP)
 
 
 def product_parts(weight: Tensor) -> int:
@@ -93,7 +95,14 @@ def product_parts(weight: Tensor) -> int:
 
 
 def product(
-    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, pdl: bool = False, shared: bool = False
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pdl: bool = False,
+    keep: bool = False,
+    shared: bool = False,
 ) -> None:
     """out = x @ weight.T (+ bias), rounded once.
 
@@ -142,6 +151,7 @@ def product(
         LANES=tiles.columns,
         AHEAD=min(AHEAD, line) if line % 16 == 0 else 0,
         TMA=tiles.tma,
+        KEEP=kept(keep),
         PDL=pdl,
         num_warps=tiles.warps,
         **limited(tiles.registers),

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import cdiv, dependent, power_of_two, require, require_rows
+from kernels.launch import cdiv, dependent, kept, power_of_two, require, require_rows
 from kernels.layout import KvLayout
 
 HEADS_EACH, WARPS = 8, 4  # heads of one program
@@ -37,6 +37,7 @@ def _rotary_store(
     BD: tl.constexpr,
     DELTA: tl.constexpr,
     NORM: tl.constexpr,
+    KEEP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: BH of one token's query, key and value heads."""
@@ -76,8 +77,8 @@ def _rotary_store(
     out_low = (low * cos - high * sin).to(q_out.dtype.element_ty)
     out_high = (high * cos + low * sin).to(q_out.dtype.element_ty)
     q = q_out + token * q_stride + at
-    tl.store(q, out_low, mask=mask & is_q)
-    tl.store(q + HALF, out_high, mask=mask & is_q)
+    tl.store(q, out_low, mask=mask & is_q, eviction_policy=KEEP)
+    tl.store(q + HALF, out_high, mask=mask & is_q, eviction_policy=KEEP)
     kind = (head >= HEADS + KV_HEADS).to(tl.int32)
     kv_head = head - HEADS - kind * KV_HEADS
     start = (location // BLOCK_TOKENS).to(tl.int64) * chunk_elements + layer_start
@@ -102,6 +103,7 @@ def rotary_store(
     delta_rows: Tensor | None = None,
     norms: tuple[Tensor, Tensor, float] | None = None,
     pdl: bool = False,
+    keep: bool = False,
 ) -> None:
     """Rotate queries and keys, write queries to q_out and keys and values to the arena's blocks.
 
@@ -146,6 +148,7 @@ def rotary_store(
         BD=power_of_two(half),
         DELTA=delta is not None,
         NORM=norms is not None,
+        KEEP=kept(keep),
         PDL=pdl,
         num_warps=WARPS,
         **dependent(pdl),

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import cdiv, dependent, require, require_rows
+from kernels.launch import cdiv, dependent, kept, require, require_rows
 
 BLOCK, WARPS = 2048, 8
 
@@ -29,6 +29,7 @@ def _silu_mul(
     delta_stride,
     BLOCK: tl.constexpr,
     DELTA: tl.constexpr,
+    KEEP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: BLOCK columns of a row."""
@@ -49,7 +50,7 @@ def _silu_mul(
         gate += tl.load(more, mask=lora, other=0.0).to(tl.float32)
         up += tl.load(more + size, mask=lora, other=0.0).to(tl.float32)
     value = silu_times(gate, up)
-    tl.store(out + row * out_stride + i, value.to(out.dtype.element_ty), mask=real)
+    tl.store(out + row * out_stride + i, value.to(out.dtype.element_ty), mask=real, eviction_policy=KEEP)
 
 
 def silu_mul(
@@ -59,6 +60,7 @@ def silu_mul(
     delta: Tensor | None = None,
     delta_rows: Tensor | None = None,
     pdl: bool = False,
+    keep: bool = False,
 ) -> None:
     """gate_up, delta: [tokens, 2 * size], gate before up; out: [tokens, size]; rows contiguous.
 
@@ -79,6 +81,7 @@ def silu_mul(
         gate_up.stride(0) if delta is None else delta.stride(0),
         BLOCK=BLOCK,
         DELTA=delta is not None,
+        KEEP=kept(keep),
         PDL=pdl,
         num_warps=WARPS,
         **dependent(pdl),

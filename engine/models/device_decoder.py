@@ -102,7 +102,11 @@ class DeviceDecoder:
     def overlap(self, overlap: Overlap) -> None:
         """From the next launch or capture on."""
         self._overlap = overlap
-        self._pdl = overlap.pdl  # of the step that is being launched
+        self._begin(0)
+
+    def _begin(self, rows: int) -> None:
+        """Of so many rows are the launches that follow."""
+        self._pdl, self._keep = self._overlap.dependent(rows), self._overlap.keeps(rows)
 
     @contextlib.contextmanager
     def overlapping(self, overlap: Overlap) -> Iterator[None]:
@@ -137,9 +141,9 @@ class DeviceDecoder:
         if lora is not None:
             lora_gather(lora, self._pieces, self._ranks)
         embed(residual, weights.embed, step.ids, self._last_token)
-        rms_norm(hidden, residual, weights.layers[0].attention_norm, self._config.norm_eps)
+        self._begin(rows)
+        rms_norm(hidden, residual, weights.layers[0].attention_norm, self._config.norm_eps, keep=self._keep)
         following = [layer.attention_norm for layer in weights.layers[1:]]
-        self._pdl = self._overlap.dependent(rows)
         for index, (layer, norm) in enumerate(zip(weights.layers, [*following, weights.norm], strict=True)):
             if layers is not None and index not in layers:
                 continue
@@ -167,7 +171,7 @@ class DeviceDecoder:
         norms = None if layer.qk_norms is None else (*layer.qk_norms, self._config.norm_eps)
         rotary_store(
             query, qkv, self._arena, kv, index, step.positions, step.locations, self._table,
-            delta=delta, delta_rows=delta_rows, norms=norms, pdl=self._pdl,
+            delta=delta, delta_rows=delta_rows, norms=norms, pdl=self._pdl, keep=self._keep,
         )  # fmt: skip
         sliding = self._window_layers[index]
         meta = step.windowed if sliding else step.attention
@@ -181,7 +185,7 @@ class DeviceDecoder:
         if each:
             self._accelerator.join()
         elif step.decodes != 0:
-            decode_attention(out, query, self._arena, kv, index, meta, self._scale, self._pdl)
+            decode_attention(out, query, self._arena, kv, index, meta, self._scale, pdl=self._pdl, keep=self._keep)
 
     def _pick(self, last: LastRows) -> tuple[Tensor, Tensor]:
         """What attention made of the last rows, in place of the queries, which it is done with; and their residual.
@@ -195,7 +199,7 @@ class DeviceDecoder:
         mixed, residual = buffers.query[:count], buffers.last_residual[:count]
         pick_rows(mixed, buffers.mixed, last.step, last.samples)
         pick_rows(residual, buffers.residual, last.step, last.samples)
-        self._pdl = self._overlap.dependent(count)
+        self._begin(count)
         return mixed, residual
 
     def _feed_forward(self, index: int, layer: LayerWeights, hidden: Tensor, lora: LoraMeta | None) -> Tensor:
@@ -207,7 +211,7 @@ class DeviceDecoder:
             return active
         gate_up = buffers.gate_up[:rows]
         delta, delta_rows = self._product(index, self._gate_up, layer.gate_up, hidden, gate_up, lora)
-        silu_mul(active, gate_up, delta=delta, delta_rows=delta_rows, pdl=self._pdl)
+        silu_mul(active, gate_up, delta=delta, delta_rows=delta_rows, pdl=self._pdl, keep=self._keep)
         return active
 
     def _add(
@@ -225,14 +229,15 @@ class DeviceDecoder:
         y = hidden = self.buffers.hidden[:rows]
         if self._overlap.onto_residual(rows, linear.weight) and linear.bias is None:
             self._add_onto(residual, x, linear.weight, self._shrink(index, group, x, lora))
-            rms_norm(hidden, residual, norm, self._config.norm_eps)
+            rms_norm(hidden, residual, norm, self._config.norm_eps, keep=self._keep)
             return
         if self._overlap.product(rows, linear.weight, lora=lora is not None):
             y = self.buffers.parts(product_parts(linear.weight), rows)
         delta, delta_rows = self._product(index, group, linear, x, y, lora)
         add_rms_norm(
-            hidden, residual, y, norm, self._config.norm_eps, delta=delta, delta_rows=delta_rows, pdl=self._pdl
-        )
+            hidden, residual, y, norm, self._config.norm_eps,
+            delta=delta, delta_rows=delta_rows, pdl=self._pdl, keep=self._keep,
+        )  # fmt: skip
 
     def _product(
         self, index: int, group: LoraGroup, linear: Linear, x: Tensor, out: Tensor, lora: LoraMeta | None
@@ -248,10 +253,10 @@ class DeviceDecoder:
             pdl = self._pdl and rows <= self._overlap.products
             early = self._pdl and self._overlap.early(rows)
             with self._accelerator.beside(early=early, first=self._overlap.lora_first(rows, group)):
-                lora_shrink(x, self._arena, lora, index, group, pdl=early)
-                lora_expand(delta, self._arena, lora, index, group, add=False, pdl=pdl)
+                lora_shrink(x, self._arena, lora, index, group, pdl=early, keep=self._keep)
+                lora_expand(delta, self._arena, lora, index, group, add=False, pdl=pdl, keep=self._keep)
         if self._overlap.product(rows, linear.weight, lora=lora is not None):
-            product(out, x, linear.weight, linear.bias, pdl=self._pdl, shared=lora is not None)
+            product(out, x, linear.weight, linear.bias, pdl=self._pdl, keep=self._keep, shared=lora is not None)
         elif linear.bias is None:
             torch.mm(x, linear.weight.t(), out=out)
         else:

@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.launch import DECODE_TOKENS, PRODUCT_ROWS, large_fill, multiprocessors
 from kernels.lora_meta import LARGE_ROWS, LARGE_TOKENS, LoraGroup
 
+KEEP_TOKENS = 128  # of a step whose activations fill a part of the second-level cache
 PDL_TOKENS = 1024  # of a step whose launches overlap: of those in graphs; larger ones are bound by products
 FIRST_TOKENS = 32
 MANY_DECODES = 64  # enough for a stream of their own to pay
@@ -24,6 +25,7 @@ class Overlap:
 
     products: int = PRODUCT_ROWS  # tokens of the largest step whose products are `kernels.product`, not the library's
     pdl: bool = True  # a kernel may start before the one ahead of it has ended; changes no result
+    keep: int = KEEP_TOKENS  # of the largest step whose activations are to stay in the cache; changes no result
     first: int = FIRST_TOKENS  # of the largest step whose o has shrink placed before the product
     large: int = LARGE_TOKENS  # tokens from which on products do what follows them
     fill: float = 0.84  # of the turns of a large o or down that takes the adapters' delta in; see `large_fill`
@@ -43,6 +45,10 @@ class Overlap:
 
     def dependent(self, tokens: int) -> bool:
         return self.pdl and tokens <= PDL_TOKENS
+
+    def keeps(self, tokens: int) -> bool:
+        """Whether activations outlast, in the second-level cache, the weights that are read meanwhile."""
+        return tokens <= self.keep
 
     def early(self, tokens: int) -> bool:
         """Whether shrink may start before what makes its input has ended.
@@ -102,7 +108,7 @@ class Overlap:
 
 
 NEVER = 1 << 30
-OFF = Overlap(products=0, pdl=False, large=NEVER)
+OFF = Overlap(products=0, pdl=False, keep=0, large=NEVER)
 
 
 def default_overlap(device: torch.device) -> Overlap:

@@ -129,7 +129,7 @@ def make_kv_step(
 ) -> KvStep:
     """contexts: tokens in the cache, of which the last `lengths` are new in this step."""
     blocks = [-(-c // layout.block_tokens) for c in contexts]
-    pad = -layout.elements % 128 + 128  # a chunk is longer than its KV
+    pad = 8 * layout.head_dim  # a chunk is longer than its KV
     shape = (sum(blocks) + 1, layout.elements + pad)
     arena = (
         torch.full(shape, float("nan"), dtype=dtype, device=device)

@@ -93,7 +93,7 @@ def test_a_bucket_of_decodes_alone(dtype: torch.dtype, device: torch.device) -> 
 
 @pytest.mark.parametrize("each", [1, 3, 5, 7])
 def test_many_decodes(each: int, dtype: torch.dtype, device: torch.device) -> None:
-    """So many programs a multiprocessor, whose tiles differ; a launch that fetches blocks ahead computes the same."""
+    """So many programs a multiprocessor, whose tiles differ; a launch that overlaps the one ahead computes the same."""
     torch.manual_seed(each)
     layout, count = KvLayout(2, 8, 16, 128), max(1, each * multiprocessors(device) // 8)
     contexts = [1 + 37 * i % 90 for i in range(count)]
@@ -102,9 +102,9 @@ def test_many_decodes(each: int, dtype: torch.dtype, device: torch.device) -> No
     out = attend(step, q)
     assert_close(out, expected(step, q))
     if device.type == "cuda":
-        ahead = torch.zeros_like(out).flatten(1)
-        decode_attention(ahead, q.flatten(1), step.arena, layout, LAYER, step.meta, 128**-0.5, pdl=True)
-        assert torch.equal(ahead, out.flatten(1))
+        overlapped = torch.zeros_like(out).flatten(1)
+        decode_attention(overlapped, q.flatten(1), step.arena, layout, LAYER, step.meta, 128**-0.5, pdl=True)
+        assert torch.equal(overlapped, out.flatten(1))
 
 
 def test_same_bits_whoever_shares_the_batch(device: torch.device) -> None:
@@ -127,3 +127,11 @@ def test_refuses_items_of_another_tile(device: torch.device) -> None:
     step = make_kv_step(layout, [8], [4], AttentionBounds(4, 1, 5, 1, 512), 2, torch.float32, device)
     with pytest.raises(ValueError, match="packed for 5 tokens"):
         attend(step, torch.randn(4, 2, 16, device=device))
+
+
+def test_refuses_heads_that_are_no_whole_lines(device: torch.device) -> None:
+    q = torch.zeros(1, 2 * 12, dtype=torch.bfloat16, device=device)
+    layout = KvLayout(1, 1, 16, 12)
+    step = make_kv_step(layout, [8], [1], AttentionBounds(1, 1, 0, 1, 512), 2, torch.bfloat16, device)
+    with pytest.raises(ValueError, match="head size 12"):
+        decode_attention(torch.empty_like(q), q, step.arena, layout, 0, step.meta, 1.0)
