@@ -109,7 +109,7 @@ def shrink_tiles(bounds: LoraBounds, group: LoraGroup, itemsize: int) -> ShrinkT
     narrow = 2 if itemsize == 4 else 1
     if bounds.tile < PREFILL_TILE:
         # Beside a product that leaves little memory, and where there are many: smaller tiles, more of them under way.
-        small = 32 < bounds.tokens <= PRODUCT_ROWS or bounds.tokens > DECODE_TOKENS
+        small = 16 < bounds.tokens <= PRODUCT_ROWS or bounds.tokens > DECODE_TOKENS
         inner, stages = (128, 4) if small else (256, 3)
         splits = min(split_bound(bounds), shrink_splits(bounds.tokens, group), cdiv(group.inner, 256))
         return ShrinkTiles(inner // narrow, splits, False, 2 if bounds.tokens > 128 else 4, stages)

@@ -67,7 +67,7 @@ class Overlap:
         """
         if tokens <= self.products:
             return tokens <= self.first and group.index == O_GROUP
-        return group.index != GATE_UP_GROUP or not 2 * PRODUCT_ROWS < tokens <= DECODE_TOKENS
+        return group.index != GATE_UP_GROUP or not PRODUCT_ROWS < tokens <= DECODE_TOKENS
 
     def merges(self, tokens: int, weight: Tensor, *, lora: bool) -> bool:
         """Whether SiLU-and-mul, and the adapters' delta, are a part of gate_up's product.

@@ -211,8 +211,8 @@ IN_LINE = Overlap(pdl=False)
 
 @pytest.mark.parametrize(
     ("graphs", "overlap"),
-    [(False, Overlap()), (True, IN_LINE), (True, Overlap()), (True, Overlap(first=0))],
-    ids=["overlapped", "graphs", "overlapped graphs", "shrink behind"],
+    [(False, Overlap()), (True, IN_LINE), (True, Overlap()), (True, Overlap(first=0)), (True, Overlap(keep=0))],
+    ids=["overlapped", "graphs", "overlapped graphs", "shrink behind", "nothing kept"],
 )
 def test_graphs_and_overlap_change_nothing(crowd: Case, graphs: bool, overlap: Overlap) -> None:
     """The same shapes launched eagerly, one kernel after the other: the same bits."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.models import overlap as overlap_module
-from engine.models.overlap import FIRST_TOKENS, NEVER, OFF, PDL_TOKENS, Overlap, default_overlap
+from engine.models.overlap import FIRST_TOKENS, KEEP_TOKENS, NEVER, OFF, PDL_TOKENS, Overlap, default_overlap
 from kernels.launch import DECODE_TOKENS, PRODUCT_ROWS
 from kernels.lora_meta import GROUP_STARTS, LARGE_ROWS, LARGE_TOKENS, LoraGroup
 
@@ -53,8 +53,8 @@ def test_beside_lora_more_products_are_ours() -> None:
     [
         (Overlap(), FIRST_TOKENS, [False, True, False, False]),
         (Overlap(), FIRST_TOKENS + 1, [False] * 4),
-        (Overlap(), PRODUCT_ROWS + 1, [True] * 4),
-        (Overlap(), 2 * PRODUCT_ROWS + 1, [True, True, False, True]),
+        (Overlap(), PRODUCT_ROWS + 1, [True, True, False, True]),
+        (Overlap(), DECODE_TOKENS, [True, True, False, True]),
         (Overlap(), DECODE_TOKENS + 1, [True] * 4),
         (OFF, 1, [True] * 4),
     ],
@@ -64,6 +64,11 @@ def test_who_goes_first(overlap: Overlap, tokens: int, first: list[bool]) -> Non
     """Of qkv, o, gate_up, down: shrink and expand before the product, or behind it."""
     groups = [LoraGroup(start, 64, (64,)) for start in GROUP_STARTS]
     assert [overlap.lora_first(tokens, group) for group in groups] == first
+
+
+def test_activations_of_small_steps_are_kept() -> None:
+    assert [Overlap().keeps(tokens) for tokens in (1, KEEP_TOKENS, KEEP_TOKENS + 1)] == [True, True, False]
+    assert not OFF.keeps(1)
 
 
 def test_shrink_starts_early_but_beside_our_products_of_more_than_64_rows() -> None:
