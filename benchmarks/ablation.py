@@ -32,10 +32,11 @@ BASE = {
     "off": OFF,
     "pdl": Overlap(products=0),
     "products": Overlap(pdl=False),
-    "products, pdl": Overlap(),
+    "not kept": Overlap(keep=0),
+    "all": Overlap(),
     "off again": OFF,
 }
-LORA = {"off": OFF, "pdl": Overlap(products=0), "all": Overlap(), "off again": OFF}
+LORA = {"off": OFF, "pdl": Overlap(products=0), "not kept": Overlap(keep=0), "all": Overlap(), "off again": OFF}
 BASE_BATCHES = (1, 8, 16, 32, 64, 128)
 LORA_CASES = ((8, 8, 16), (32, 8, 16), (64, 8, 16), (128, 8, 16), (64, 32, 16), (32, 8, 64))
 FIRST = 0, 3, 4, 6  # modules of qkv, o, gate_up, down

@@ -28,7 +28,7 @@ from kernels.lora_meta import DECODE_ITEMS, DECODE_SEQUENCES
 def _add_keys(k, v, query, seen, scale, acc, most, norm):
     """Some more keys. k, v: [keys, BD]; query: [BM, BD]; seen: [keys]; acc: [BD, BM]; most: [BM]; norm: [keys, BM].
 
-    Keys are rows, as their heads' queries are too few for the matrix units' rows; norm is summed over them at the end.
+    Keys fill the matrix units' 16 rows, a group's queries need not fill their 8 columns. The end sums norm over keys.
     """
     score = tl.dot(k, tl.trans(query), input_precision="ieee") * scale
     score = tl.where(seen[:, None], score, float("-inf"))
@@ -130,7 +130,7 @@ def _decode(
             k = arena_tiles.load([tile_line, 0])
             v = arena_tiles.load([tile_line + value_lines, 0])
             acc, most, norm = _add_keys(k, v, query, tile * BN + n >= begin, scale, acc, most, norm)
-        # They pass through an operation: bare loads Triton would wait for where they stand.
+        # They pass through an operation: Triton would wait for bare loads where they stand.
         last_k = tl.where(held, last_k, 0.0)
         last_v = tl.where(held, last_v, 0.0)
         seen = (token >= begin) & (token < end)
@@ -230,12 +230,13 @@ def decode_attention(
     programs = layout.kv_heads * grid
     tiles = decode_tiles(group, layout.head_dim, q.element_size(), programs / multiprocessors(q.device))
     wide = power_of_two(layout.head_dim)
-    lines = [arena.numel() // layout.head_dim, layout.head_dim]
+    lines = arena.numel() // layout.head_dim
+    require(lines < 2**31, f"an arena of {lines} heads' keys and values is not supported")
     _decode[(layout.kv_heads, grid)](
         out,
         q,
         arena,
-        TensorDescriptor(arena, lines, [layout.head_dim, 1], [tiles.keys, wide]),
+        TensorDescriptor(arena, [lines, layout.head_dim], [layout.head_dim, 1], [tiles.keys, wide]),
         meta.counts,
         meta.decode_items,
         meta.block_tables,
