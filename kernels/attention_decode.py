@@ -10,10 +10,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.attention_meta import DECODE_INTS, SEQUENCE_INTS, AttentionMeta
 from kernels.launch import (
-    LINE_ALIGN,
     cdiv,
     decode_tiles,
     dependent,
+    has_tma,
     kept,
     multiprocessors,
     power_of_two,
@@ -66,14 +66,15 @@ def _decode(
     BN: tl.constexpr,
     BD: tl.constexpr,
     STAGES: tl.constexpr,
+    TMA: tl.constexpr,
     KEEP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: one KV head's query group against one span of keys. scale includes log2(e).
 
-    A line is one head's key or value of one token; BN of them in a block are a tile, which comes by TMA. What follows a
-    sequence's last token in its tile may be anything, so the last tile of a span is read line by line, ahead of the
-    others, and used behind them.
+    A line is one head's key or value of one token; BN of them in a block are a tile, which comes whole (TMA) where it
+    can. What follows a sequence's last token in its tile may be anything, so the last tile of a span is read line by
+    line, ahead of the others, and used behind them.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -125,10 +126,15 @@ def _decode(
         most = tl.full([BM], float("-inf"), tl.float32)
         norm = tl.zeros([BN, BM], tl.float32)
         for tile in tl.range(begin // BN, last, num_stages=STAGES):
-            tile_line = block * chunk_lines + key_line + tile % PER * BN
+            within = key_line + tile % PER * BN
+            if TMA:
+                k = arena_tiles.load([block * chunk_lines + within, 0])
+                v = arena_tiles.load([block * chunk_lines + within + value_lines, 0])
+            else:
+                at_key = (block.to(tl.int64) * chunk_lines + within + n)[:, None] * HEAD_DIM + d[None, :]
+                k = tl.load(arena + at_key, mask=(d < HEAD_DIM)[None, :], other=0.0)
+                v = tl.load(arena + at_key + value_lines * HEAD_DIM, mask=(d < HEAD_DIM)[None, :], other=0.0)
             block = tl.load(table + (tile + 1) // PER)
-            k = arena_tiles.load([tile_line, 0])
-            v = arena_tiles.load([tile_line + value_lines, 0])
             acc, most, norm = _add_keys(k, v, query, tile * BN + n >= begin, scale, acc, most, norm)
         # They pass through an operation: Triton would wait for bare loads where they stand.
         last_k = tl.where(held, last_k, 0.0)
@@ -219,7 +225,6 @@ def decode_attention(
     """
     require_rows(out, q, arena)
     require(arena.is_contiguous() and arena.stride(0) % layout.head_dim == 0, "a chunk does not hold whole heads")
-    require(layout.head_dim * q.element_size() % LINE_ALIGN == 0, f"head size {layout.head_dim} is not supported")
     require(q.dtype == arena.dtype, "q and the arena differ in dtype")
     heads = q.shape[1] // layout.head_dim
     require(heads % layout.kv_heads == 0, f"{heads} heads over {layout.kv_heads} KV heads are not supported")
@@ -231,12 +236,13 @@ def decode_attention(
     tiles = decode_tiles(group, layout.head_dim, q.element_size(), programs / multiprocessors(q.device))
     wide = power_of_two(layout.head_dim)
     lines = arena.numel() // layout.head_dim
-    require(lines < 2**31, f"an arena of {lines} heads' keys and values is not supported")
+    whole = has_tma(q.device) and layout.head_dim * q.element_size() % 16 == 0 and lines < 2**31
+    shape, strides = [lines, layout.head_dim], [layout.head_dim, 1]
     _decode[(layout.kv_heads, grid)](
         out,
         q,
         arena,
-        TensorDescriptor(arena, [lines, layout.head_dim], [layout.head_dim, 1], [tiles.keys, wide]),
+        TensorDescriptor(arena, shape, strides, [tiles.keys, wide]) if whole else arena,
         meta.counts,
         meta.decode_items,
         meta.block_tables,
@@ -258,6 +264,7 @@ def decode_attention(
         BN=tiles.keys,
         BD=wide,
         STAGES=tiles.stages,
+        TMA=whole,
         KEEP=kept(keep),
         PDL=pdl,
         num_warps=tiles.warps,

@@ -16,7 +16,6 @@ PRODUCT_ROWS, PRODUCT_PARTS = 64, 2  # of the largest product that is ours, and 
 TMA_ROWS = 96  # of a product above which it pays to load tiles whole
 PRODUCT_MEMORY, SHARED_MEMORY = 222 << 10, 132 << 10  # bytes of a multiprocessor's that a product takes, alone and not
 SHARED_REGISTERS = 168  # a thread's, of a product whose sums are large: an expand has to fit beside it
-LINE_ALIGN = 16  # bytes that the rows of what TMA reads are multiples of
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,6 +32,12 @@ def cdiv(a: int, b: int) -> int:
 def multiprocessors(device: torch.device) -> int:
     """Of the device that a launch goes to; the CPU (Triton's interpreter) counts as 4."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def has_tma(device: torch.device) -> bool:
+    """Whether tiles may be copied whole: from compute capability 9 on, and in Triton's interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def require(condition: bool, message: str) -> None:

@@ -10,7 +10,7 @@ from engine.adapters.device_bank import DeviceBank
 from engine.config import EngineConfig
 from engine.geometry import Geometry, make_geometry
 from engine.layers.device_rotary import rotary_table
-from engine.models.config import ModelConfig, UnsupportedModelError
+from engine.models.config import ModelConfig
 from engine.models.decoder_buffers import DecoderBuffers
 from engine.models.device_decoder import DeviceDecoder
 from engine.models.device_weights import load_weights
@@ -27,7 +27,7 @@ from engine.worker.shapes import Shapes, make_machine
 from engine.worker.warmup import largest_step
 from engine.worker.worker import Worker, dtype_of, make_info, step_tokens_of
 from kernels.ahead import default_threads
-from kernels.launch import LINE_ALIGN, multiprocessors
+from kernels.launch import multiprocessors
 
 STEP_THREADS = 1  # of torch on the CPU: the device does the work
 
@@ -81,10 +81,6 @@ def _setting(config: EngineConfig, folder: Path, device: torch.device) -> Settin
     model = load_config(folder)
     dtype = dtype_of(config, model, device)
     geometry = make_geometry(model.dims, dtype.itemsize)
-    if model.dims.head_dim * dtype.itemsize % LINE_ALIGN:
-        raise UnsupportedModelError(
-            f"head size {model.dims.head_dim} is not a multiple of {LINE_ALIGN // dtype.itemsize}"
-        )
     context = min(config.context_length or model.max_position, model.max_position)
     step_tokens = step_tokens_of(config, device, context)
     machine = make_machine(config, model, geometry, multiprocessors(device), context, step_tokens)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import reference
+from kernels import attention_decode, reference
 from kernels.attention_decode import decode_attention
 from kernels.attention_meta import AttentionBounds
 from kernels.attention_prefill import prefill_attention
@@ -58,7 +58,7 @@ def check(
 MIXED = ([1, 37, 300, 5, 19, 70], [1, 1, 1, 5, 2, 33])  # contexts, new tokens: decodes, a prefix, a later chunk
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [20, 64, 80, 96, 128, 256])
 def test_head_sizes(head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
     check(KvLayout(2, 1, 16, head_dim), 2, [150, 40], [1, 9], dtype, device)
 
@@ -129,9 +129,10 @@ def test_refuses_items_of_another_tile(device: torch.device) -> None:
         attend(step, torch.randn(4, 2, 16, device=device))
 
 
-def test_refuses_heads_that_are_no_whole_lines(device: torch.device) -> None:
-    q = torch.zeros(1, 2 * 12, dtype=torch.bfloat16, device=device)
-    layout = KvLayout(1, 1, 16, 12)
-    step = make_kv_step(layout, [8], [1], AttentionBounds(1, 1, 0, 1, 512), 2, torch.bfloat16, device)
-    with pytest.raises(ValueError, match="head size 12"):
-        decode_attention(torch.empty_like(q), q, step.arena, layout, 0, step.meta, 1.0)
+@pytest.mark.parametrize("block_tokens", [16, 64])
+def test_without_tma(
+    block_tokens: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Devices that cannot copy tiles whole; heads of size 20 cannot be anywhere but in float32."""
+    monkeypatch.setattr(attention_decode, "has_tma", lambda _: False)
+    check(KvLayout(2, 2, block_tokens, 32), 6, *MIXED, dtype, device, window=24)

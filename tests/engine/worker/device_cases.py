@@ -17,7 +17,6 @@ from msgspec.structs import replace
 
 from engine.config import EngineConfig, LoraPath
 from engine.models import device_decoder, overlap
-from engine.models.config import UnsupportedModelError
 from engine.models.overlap import OFF
 from engine.models.weights import Progress
 from engine.plan import StepPlan
@@ -50,12 +49,6 @@ RANKS = ({0: 16, 2: 16}, {6: 5}, dict.fromkeys(range(7), 40), {3: 8, 4: 24, 5: 1
 def start_interpreted(folder: Path, **settings: Any) -> Worker:
     config = EngineConfig(**(SMALL | {"enable_lora": True} | settings))
     return start_device(config, folder, torch.device("cpu"), lambda *_: None)
-
-
-def test_refuses_heads_that_are_no_whole_lines(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "llama", vocab=250, head_dim=12)
-    with pytest.raises(UnsupportedModelError, match="head size 12 is not a multiple of 8"):
-        start_interpreted(folder, dtype="bfloat16")
 
 
 def with_adapters(worker: Worker) -> Driver:
