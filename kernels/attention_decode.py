@@ -104,22 +104,22 @@ def _decode(
         tl.extra.cuda.gdc_wait()
     for item in range(own, total, tl.num_programs(1)):
         later = tl.cast(item, tl.int32) > own
-        line = items + item * ITEM_INTS
-        row = tl.where(later, tl.load(line, mask=later, other=0), first_row).to(tl.int64)
-        place = tl.where(later, tl.load(line + 1, mask=later, other=0).to(tl.int64), first_place)
-        begin = tl.where(later, tl.load(line + 2, mask=later, other=0), first_begin)
-        end = tl.where(later, tl.load(line + 3, mask=later, other=0), first_end)
-        whole = tl.where(later, tl.load(line + 4, mask=later, other=0), first_whole)
+        entry = items + item * ITEM_INTS
+        row = tl.where(later, tl.load(entry, mask=later, other=0), first_row).to(tl.int64)
+        place = tl.where(later, tl.load(entry + 1, mask=later, other=0).to(tl.int64), first_place)
+        begin = tl.where(later, tl.load(entry + 2, mask=later, other=0), first_begin)
+        end = tl.where(later, tl.load(entry + 3, mask=later, other=0), first_end)
+        whole = tl.where(later, tl.load(entry + 4, mask=later, other=0), first_whole)
         table = tables + place * table_stride
         last = (end - 1) // BN
         block = tl.where(later, tl.load(table + begin // BLOCK_TOKENS, mask=later, other=0), first_block)
         last_block = tl.where(later, tl.load(table + (end - 1) // BLOCK_TOKENS, mask=later, other=0), first_last)
         token = last * BN + n
         lines = last_block.to(tl.int64) * chunk_lines + key_line + token % BLOCK_TOKENS
-        place_of = arena + lines[:, None] * HEAD_DIM + d[None, :]
+        last_keys = arena + lines[:, None] * HEAD_DIM + d[None, :]
         held = (token < end)[:, None] & (d < HEAD_DIM)[None, :]
-        last_k = tl.load(place_of, mask=held, other=0.0)
-        last_v = tl.load(place_of + value_lines * HEAD_DIM, mask=held, other=0.0)
+        last_k = tl.load(last_keys, mask=held, other=0.0)
+        last_v = tl.load(last_keys + value_lines * HEAD_DIM, mask=held, other=0.0)
         at = (head * HEAD_DIM)[:, None] + d[None, :]
         query = tl.load(q + row * q_stride + at, mask=real, other=0.0)
         acc = tl.zeros([BD, BM], tl.float32)
@@ -234,15 +234,16 @@ def decode_attention(
         grid = min(grid, cdiv(each * multiprocessors(q.device), layout.kv_heads))
     programs = layout.kv_heads * grid
     tiles = decode_tiles(group, layout.head_dim, q.element_size(), programs / multiprocessors(q.device))
+    require(layout.block_tokens % tiles.keys == 0, f"blocks of {layout.block_tokens} tokens are not supported")
     wide = power_of_two(layout.head_dim)
     lines = arena.numel() // layout.head_dim
-    whole = has_tma(q.device) and layout.head_dim * q.element_size() % 16 == 0 and lines < 2**31
+    tma = has_tma(q.device) and layout.head_dim * q.element_size() % 16 == 0 and lines < 2**31
     shape, strides = [lines, layout.head_dim], [layout.head_dim, 1]
     _decode[(layout.kv_heads, grid)](
         out,
         q,
         arena,
-        TensorDescriptor(arena, shape, strides, [tiles.keys, wide]) if whole else arena,
+        TensorDescriptor(arena, shape, strides, [tiles.keys, wide]) if tma else arena,
         meta.counts,
         meta.decode_items,
         meta.block_tables,
@@ -264,7 +265,7 @@ def decode_attention(
         BN=tiles.keys,
         BD=wide,
         STAGES=tiles.stages,
-        TMA=whole,
+        TMA=tma,
         KEEP=kept(keep),
         PDL=pdl,
         num_warps=tiles.warps,

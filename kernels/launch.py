@@ -16,6 +16,7 @@ PRODUCT_ROWS, PRODUCT_PARTS = 64, 2  # of the largest product that is ours, and 
 TMA_ROWS = 96  # of a product above which it pays to load tiles whole
 PRODUCT_MEMORY, SHARED_MEMORY = 222 << 10, 132 << 10  # bytes of a multiprocessor's that a product takes, alone and not
 SHARED_REGISTERS = 168  # a thread's, of a product whose sums are large: an expand has to fit beside it
+DECODE_KEYS = 16  # of a tile of decode attention; any block holds whole ones
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -59,9 +60,10 @@ def dependent(on: bool) -> dict[str, bool]:
 
 
 def kept(on: bool) -> str:
-    """Eviction policy of what a kernel stores and a later one reads: kept, it outlasts the weights that pass meanwhile.
+    """Eviction policy of what a kernel stores for a later one; every launcher's `keep` asks for it.
 
-    It would be written to memory otherwise, even where it is no longer needed, and perhaps be read from there.
+    Kept, it outlasts in the second-level cache the weights that pass meanwhile. Otherwise it would be written to
+    memory, needed there or not, and perhaps be read from there.
     """
     return "evict_last" if on else ""
 
@@ -240,14 +242,16 @@ def prefill_tiles(head_dim: int, itemsize: int, long: bool) -> AttentionTiles:
 
 
 def decode_tiles(group: int, head_dim: int, itemsize: int, each: float) -> AttentionTiles:
-    """each: programs of the launch for each multiprocessor; few are sooner done with two warps each.
+    """each: programs of the launch for each multiprocessor; where they are few, two warps end sooner.
 
-    A tile is what lies together in any block. More of them under way leave the product behind no room to start in.
+    A tile is what lies together in any block. Few are under way, so that the product behind finds room to start. Sums
+    and lines that are large for one warp take four.
     """
     rows = max(8, power_of_two(group))
     if itemsize == 4 or head_dim > 128 or rows > 16:
-        return AttentionTiles(rows, 16, 4, 4)
-    return AttentionTiles(rows, 16, 2, 4) if each <= 4 or rows > 8 else AttentionTiles(rows, 16, 1, 3)
+        return AttentionTiles(rows, DECODE_KEYS, 4, 4 if head_dim * itemsize <= 512 else 2)
+    warps, stages = (2, 4) if each <= 4 or rows > 8 else (1, 3)
+    return AttentionTiles(rows, DECODE_KEYS, warps, stages)
 
 
 def q_tile(heads: int, kv_heads: int, head_dim: int, itemsize: int) -> int:

@@ -59,7 +59,7 @@ def _rms_norm(
 
 
 def rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float, *, keep: bool = False) -> None:
-    """out, x: [tokens, size], rows contiguous, may be the same; weight: [size]. keep: see `kernels.launch.kept`.
+    """out, x: [tokens, size], rows contiguous, may be the same; weight: [size].
 
     Semantics: out[t, i] = x[t, i] / sqrt(mean_j x[t, j]^2 + eps) * weight[i], in float32, rounded once.
     """

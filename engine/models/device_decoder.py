@@ -105,7 +105,7 @@ class DeviceDecoder:
         self._begin(0)
 
     def _begin(self, rows: int) -> None:
-        """Of so many rows are the launches that follow."""
+        """The launches that follow are of so many rows."""
         self._pdl, self._keep = self._overlap.dependent(rows), self._overlap.keeps(rows)
 
     @contextlib.contextmanager
@@ -229,7 +229,7 @@ class DeviceDecoder:
         y = hidden = self.buffers.hidden[:rows]
         if self._overlap.onto_residual(rows, linear.weight) and linear.bias is None:
             self._add_onto(residual, x, linear.weight, self._shrink(index, group, x, lora))
-            rms_norm(hidden, residual, norm, self._config.norm_eps, keep=self._keep)
+            rms_norm(hidden, residual, norm, self._config.norm_eps)
             return
         if self._overlap.product(rows, linear.weight, lora=lora is not None):
             y = self.buffers.parts(product_parts(linear.weight), rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.launch import DECODE_TOKENS, PRODUCT_ROWS, large_fill, multiprocessors
 from kernels.lora_meta import LARGE_ROWS, LARGE_TOKENS, LoraGroup
 
-KEEP_TOKENS = 128  # of a step whose activations fill a part of the second-level cache
+KEEP_TOKENS = 128  # of the largest step whose activations fill but a part of the second-level cache
 PDL_TOKENS = 1024  # of a step whose launches overlap: of those in graphs; larger ones are bound by products
 FIRST_TOKENS = 32
 MANY_DECODES = 64  # enough for a stream of their own to pay
@@ -47,7 +47,7 @@ class Overlap:
         return self.pdl and tokens <= PDL_TOKENS
 
     def keeps(self, tokens: int) -> bool:
-        """Whether activations outlast, in the second-level cache, the weights that are read meanwhile."""
+        """Whether activations are stored to outlast, in the second-level cache, the weights that are read meanwhile."""
         return tokens <= self.keep
 
     def early(self, tokens: int) -> bool:
@@ -62,8 +62,8 @@ class Overlap:
 
         Beside our own products for o of small steps: the product's programs wait for room among attention's, and would
         keep shrink's, which find some, from starting before attention has ended. Elsewhere they would take the
-        product's place. The library's leave no room beside them, so that shrink would start when they end; but
-        gate_up's at decode is more programs than there are multiprocessors, and leaves some of these in the end.
+        product's place. In larger steps products leave no room beside them, so that shrink would start when they end;
+        but the library's gate_up at decode is more programs than there are multiprocessors, and leaves some in the end.
         """
         if tokens <= self.products:
             return tokens <= self.first and group.index == O_GROUP

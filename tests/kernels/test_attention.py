@@ -63,9 +63,11 @@ def test_head_sizes(head_dim: int, dtype: torch.dtype, device: torch.device) -> 
     check(KvLayout(2, 1, 16, head_dim), 2, [150, 40], [1, 9], dtype, device)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 1), (9, 3), (14, 2)])
-def test_groups(heads: int, kv_heads: int, dtype: torch.dtype, device: torch.device) -> None:
-    check(KvLayout(2, kv_heads, 16, 16), heads, *MIXED, dtype, device)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(3, 3, 16), (4, 1, 16), (9, 3, 16), (14, 2, 16), (12, 1, 16), (32, 1, 128)]
+)
+def test_groups(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    check(KvLayout(2, kv_heads, 16, head_dim), heads, *MIXED, dtype, device)
 
 
 @pytest.mark.parametrize("block_tokens", [16, 64])
@@ -93,7 +95,7 @@ def test_a_bucket_of_decodes_alone(dtype: torch.dtype, device: torch.device) -> 
 
 @pytest.mark.parametrize("each", [1, 3, 5, 7])
 def test_many_decodes(each: int, dtype: torch.dtype, device: torch.device) -> None:
-    """So many programs a multiprocessor, whose tiles differ; a launch that overlaps the one ahead computes the same."""
+    """So many programs a multiprocessor, whose tiles differ; overlapping launches, and kept results, are the same."""
     torch.manual_seed(each)
     layout, count = KvLayout(2, 8, 16, 128), max(1, each * multiprocessors(device) // 8)
     contexts = [1 + 37 * i % 90 for i in range(count)]
@@ -101,10 +103,9 @@ def test_many_decodes(each: int, dtype: torch.dtype, device: torch.device) -> No
     q = torch.randn(count, 16, 128, device=device).to(dtype)
     out = attend(step, q)
     assert_close(out, expected(step, q))
-    if device.type == "cuda":
-        overlapped = torch.zeros_like(out).flatten(1)
-        decode_attention(overlapped, q.flatten(1), step.arena, layout, LAYER, step.meta, 128**-0.5, pdl=True)
-        assert torch.equal(overlapped, out.flatten(1))
+    again, pdl = torch.zeros_like(out).flatten(1), device.type == "cuda"
+    decode_attention(again, q.flatten(1), step.arena, layout, LAYER, step.meta, 128**-0.5, pdl=pdl, keep=True)
+    assert torch.equal(again, out.flatten(1))
 
 
 def test_same_bits_whoever_shares_the_batch(device: torch.device) -> None:
@@ -136,3 +137,11 @@ def test_without_tma(
     """Devices that cannot copy tiles whole; heads of size 20 cannot be anywhere but in float32."""
     monkeypatch.setattr(attention_decode, "has_tma", lambda _: False)
     check(KvLayout(2, 2, block_tokens, 32), 6, *MIXED, dtype, device, window=24)
+
+
+def test_refuses_blocks_that_hold_no_whole_tiles(device: torch.device) -> None:
+    layout = KvLayout(1, 1, 24, 16)
+    step = make_kv_step(layout, [8], [1], AttentionBounds(1, 1, 0, 1, 512), 2, torch.float32, device)
+    q = torch.zeros(1, 32, device=device)
+    with pytest.raises(ValueError, match="blocks of 24 tokens"):
+        decode_attention(torch.empty_like(q), q, step.arena, layout, 0, step.meta, 1.0)

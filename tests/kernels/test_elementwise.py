@@ -48,8 +48,9 @@ def test_add_rms_norm(
     wide = residual.double()
     wanted = reference.add_rms_norm(wide, y.double(), weight, 1e-6, clean.double() if lora else None)
     add_rms_norm(
-        y, residual, y, weight, 1e-6, delta=delta if lora else None, delta_rows=delta_rows(device) if lora else None
-    )
+        y, residual, y, weight, 1e-6,
+        delta=delta if lora else None, delta_rows=delta_rows(device) if lora else None, keep=lora,
+    )  # fmt: skip
     assert_close(y, wanted)
     assert_close(residual, wide)
 
@@ -62,7 +63,7 @@ def test_silu_mul(size: int, lora: bool, dtype: torch.dtype, device: torch.devic
     gate_up[0, 0] = -100.0
     delta, clean = delta_like(gate_up)
     out = torch.full((ROWS, size), float("nan"), dtype=dtype, device=device)
-    silu_mul(out, gate_up, delta=delta if lora else None, delta_rows=delta_rows(device) if lora else None)
+    silu_mul(out, gate_up, delta=delta if lora else None, delta_rows=delta_rows(device) if lora else None, keep=lora)
     assert_close(out, reference.silu_mul(gate_up.double(), clean.double() if lora else None))
 
 

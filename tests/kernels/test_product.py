@@ -38,7 +38,7 @@ def test_parts_add_up(dtype: torch.dtype, device: torch.device) -> None:
     assert product_parts(weight) == 2
     bias = torch.randn(features, device=device).to(dtype)
     out = torch.full((2, 9, features), float("nan"), device=device)
-    product(out, x, weight, bias)
+    product(out, x, weight, bias, keep=True)
     assert_close(out.sum(0).to(dtype), x.double() @ weight.double().t() + bias.double())
     assert (out[1] - x.double()[:, inner // 2 :] @ weight.double()[:, inner // 2 :].t()).abs().max() < 0.01
 
