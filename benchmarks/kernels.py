@@ -72,7 +72,9 @@ def decode(report: Report, tune: bool) -> None:
     for batch, context in DECODES:
         layout = KvLayout(max(2, min(32, 2**33 // (batch * context * 4096))), KV_HEADS, 16, HEAD_DIM)
         for tiles in DECODE_TILES if tune and (batch, context) in TUNED_DECODES else ():
-            with timing.replaced(timing.always(AttentionTiles(8, 16, *tiles)), (attention_decode, "decode_tiles")):
+            with timing.replaced(
+                timing.always(AttentionTiles(8, launch.DECODE_KEYS, *tiles)), (attention_decode, "decode_tiles")
+            ):
                 _decode(report, layout, batch, context, rate, str(tiles))
         for splits in DECODE_SPLITS.get((batch, context), ()) if tune else ():
             with timing.replaced(timing.always(splits), (attention_meta, "decode_splits")):

@@ -1,13 +1,13 @@
 """What a request gets is the same to the last bit, whatever is computed beside it and however its prompt was cut.
 
 In the default dtype, bfloat16 where the CPU multiplies it natively, and in float32. Tokens and log-probabilities are
-compared exactly. But in float32 attention's products choose their kernels by shape, a single token's another than a
-prompt's: a prompt that was cut, and a sequence that gave way and is computed again, may get other bits there. They must
-have the same tokens, but for few that part at a near tie, and log-probabilities within TOLERANCE.
+compared exactly. In float32 attention's products choose their kernels by shape, so that a prompt which was cut may get
+other bits: those are counted, and few. There a sequence that gave way may get other bits from then on, since a single
+token's products are of another kernel than a prompt's: same tokens, and log-probabilities within TOLERANCE.
 """
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,6 @@ from tests.support.models import read_dims
 GREEDY = SamplingParams(max_tokens=8, seed=1, temperature=0.0, ignore_eos=True, logprobs=2)
 SEEDED = msgspec.structs.replace(GREEDY, temperature=0.9, top_p=0.95, top_k=200)
 OTHER = msgspec.structs.replace(GREEDY, max_tokens=100, temperature=1.3, presence_penalty=0.5)
-
-
-Same = Callable[[Answer, Answer], bool]
 
 
 def equal(a: Answer, b: Answer) -> bool:
@@ -72,25 +69,20 @@ class Model:
         return 0 if self.narrow else len(self.asks) // 16
 
     @property
-    def same(self) -> Same:
-        """Whether two answers are the same where prompts are cut."""
-        return equal if self.narrow else close
-
-    @property
     def few_tokens(self) -> int:
         """An arena in which not nearly all of the requests can run at once."""
         dims = read_dims(self.folder)
         geometry = make_geometry(dims, torch.bfloat16.itemsize if self.narrow else torch.float32.itemsize)
         return 640 + geometry.block_tokens * geometry.adapter_chunks(dims, 64)
 
-    def differing(self, done: Run, same: Same = equal, but: Collection[int] = ()) -> list[str]:
-        """Which of the asks got something else than alone. but: ids of some that are not looked at."""
+    def differing(self, done: Run, but: Collection[int] = ()) -> list[str]:
+        """Which of the asks got something else than alone, to the bit. but: ids of some that are not looked at."""
         alone = zip(self.asks, self.alone.answers, strict=True)
         own = {id(ask): answer for ask, answer in alone if id(ask) not in but}
         told = []
         for ask, answer in zip(done.asks, done.answers, strict=True):
             expected = own.get(id(ask))
-            if expected is not None and not same(expected, answer):
+            if expected is not None and not equal(expected, answer):
                 told.append(f"{ask.adapter or 'base'}, prompt of {len(ask.prompt)}, {ask.params.temperature}")
         return told
 
@@ -172,7 +164,7 @@ async def test_shuffled_beside_others_with_prefix_cache(model: Model) -> None:
     """Others of other lengths run beside them; in the second round most prompts are found in the cache."""
     mixed = shuffled([*model.asks, *model.others])
     done = await run(model.config(disable_radix_cache=False), mixed, shuffled(mixed, seed=1))
-    assert len(model.differing(done, model.same)) <= model.most_cut
+    assert len(model.differing(done)) <= model.most_cut
     assert done["prefix_hit_tokens"] > 16 * len(model.asks)
 
 
@@ -180,7 +172,7 @@ async def test_short_steps_without_stack_or_overlap(model: Model) -> None:
     """Prompts are cut into small parts, adapters computed one by one, nothing is planned ahead."""
     settings = {"chunked_prefill_size": 48, "lora_stack": False, "disable_overlap_schedule": True}
     done = await run(model.config(**settings), shuffled([*model.others, *model.asks], seed=2))
-    assert len(model.differing(done, model.same)) <= model.most_cut
+    assert len(model.differing(done)) <= model.most_cut
     assert done["prompt_chunks"] > 20
 
 
@@ -197,5 +189,6 @@ async def test_preempted(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     again = {id(ask): i for i, ask in enumerate(done.asks) if tuple(ask.prompt) in gave_way}
     assert again
     alone = await run(model.config(), [done.asks[i] for i in again.values()], alone=True)
-    assert all(model.same(a, done.answers[i]) for a, i in zip(alone.answers, again.values(), strict=True))
-    assert len(model.differing(done, model.same, but=again)) <= model.most_cut
+    same = equal if model.narrow else close
+    assert all(same(a, done.answers[i]) for a, i in zip(alone.answers, again.values(), strict=True))
+    assert len(model.differing(done, but=again)) <= model.most_cut
