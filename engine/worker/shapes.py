@@ -15,13 +15,14 @@ from engine.worker.memory import DEFAULT_LORA_RANK
 from kernels.attention_meta import AttentionBounds, decode_splits
 from kernels.launch import DECODE_TOKENS, SMALL_STEP, lora_tile, power_of_two, q_tile
 from kernels.layout import KvLayout
-from kernels.lora_meta import HEADER, LoraBounds, PackedLayout
+from kernels.lora_meta import HEADER, LARGE_TOKENS, LoraBounds, PackedLayout
 from kernels.step_meta import step_fields
 
 GRAPH_STEPS = ((4, 1), (8, 4), (64, 8), (128, 16), (512, 32))  # (up to this many rows, in steps of)
 MIXED_GRAPHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)  # tokens; mixed steps above run without a graph
+EAGER_STEPS, LARGE_STEP = ((LARGE_TOKENS, 64), (SMALL_STEP, 128)), 256  # of mixed steps without a graph, as above
 # With adapters a step is twice as many launches: up to this size the host would not keep up with the device.
-LORA_MIXED_GRAPHS = (*MIXED_GRAPHS, *range(576, 1025, 64))
+LORA_MIXED_GRAPHS = (*MIXED_GRAPHS, *range(576, 1025, 64), *range(1152, SMALL_STEP + 1, 128))
 WINDOWED = "windowed_"  # prefix of the second set of attention lists
 LONG_CONTEXT = 4096  # tokens; of a prefill whose attention takes larger tiles
 LAST = "last_"  # prefix of the second set of LoRA lists: over the rows that are sampled
@@ -121,8 +122,9 @@ class Shapes:
     ) -> StepShape:
         """The shape of a step; those beyond the graphs' are rounded up, so that few exist.
 
-        narrow: as `narrow_items` says of the adapters' rows. context: the longest of a prefill. all_rows: the hidden
-        states of all tokens are wanted; such a shape may have no graph where others have one.
+        narrow: as `narrow_items` says of the adapters' rows. context: the longest of a prefill; a large step with a
+        long one has no graph, since its attention takes other tiles. all_rows: the hidden states of all tokens are
+        wanted; such a shape may have no graph where others have one.
         Raises ValueError for a step that no buffer holds.
         """
         machine = self.machine
@@ -133,12 +135,11 @@ class Shapes:
             size = self.decode_buckets[at] if at < len(self.decode_buckets) else _round(tokens, 64)
             return self._decodes(size, lora, narrow)
         mixed = self._mixed_buckets[lora]
-        at = bisect_left(mixed, tokens)
-        if at < len(mixed):
+        at, long = bisect_left(mixed, tokens), context > LONG_CONTEXT
+        if at < len(mixed) and not (long and tokens > LARGE_TOKENS):
             return self._mixed(mixed[at], lora, all_rows)
-        rows = _round(tokens, 64 if tokens <= 1024 else 256)
-        long, most = context > LONG_CONTEXT, power_of_two(sequences)
-        return self.make(rows, most, prefill=True, lora=lora, all_rows=all_rows, long=long)
+        rows = _round(tokens, next((step for end, step in EAGER_STEPS if tokens <= end), LARGE_STEP))
+        return self.make(rows, power_of_two(sequences), prefill=True, lora=lora, all_rows=all_rows, long=long)
 
     def eager(self, *, lora: bool) -> list[StepShape]:
         """Steps beyond the graphs, of every kind whose kernels differ: for what is compiled at start.

@@ -145,6 +145,23 @@ def test_long_contexts_have_shapes_of_their_own_but_no_graphs() -> None:
         assert (shape == shapes.choose(tokens, 2, lora=False, context=LONG_CONTEXT)) == (not long)
 
 
+def test_mixed_steps_with_adapters_have_graphs_up_to_small_steps_unless_a_context_is_long() -> None:
+    shapes = Shapes(machine(step_tokens=8192, max_context=2 * LONG_CONTEXT), None)
+    captured = {lora: shapes.graphs(lora=lora) for lora in (False, True)}
+    for tokens in (600, 1024, 1025, 1100, 2048):
+        shape = shapes.choose(tokens, 200, lora=True, context=LONG_CONTEXT)
+        assert shape in captured[True]
+        assert tokens <= shape.tokens < tokens + 128
+        assert shapes.choose(tokens, 200, lora=False) not in captured[False]
+        assert (shapes.choose(tokens, 200, lora=True, context=LONG_CONTEXT + 1) == shape) == (tokens <= 1024)
+    assert shapes.choose(2049, 200, lora=True) not in captured[True]
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(961, 1024), (1025, 1152), (1153, 1280), (2048, 2048), (2049, 2304)])
+def test_steps_without_a_graph_are_rounded_up_by_little(tokens: int, rows: int) -> None:
+    assert Shapes(machine(step_tokens=8192), None).choose(tokens, 9, lora=False).tokens == rows
+
+
 def test_lists_of_lora_are_in_its_family_alone() -> None:
     shapes = Shapes(machine(two_windows=True), None)
     names = [{name for name, _ in shapes.choose(9, 2, lora=lora).layout.fields} for lora in (False, True)]
