@@ -4,7 +4,7 @@ A step runs in the smallest shape that holds it; what a shape holds beyond the s
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,10 +19,11 @@ from kernels.lora_meta import HEADER, LARGE_TOKENS, LoraBounds, PackedLayout
 from kernels.step_meta import step_fields
 
 GRAPH_STEPS = ((4, 1), (8, 4), (64, 8), (128, 16), (512, 32))  # (up to this many rows, in steps of)
-MIXED_GRAPHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)  # tokens; mixed steps above run without a graph
-EAGER_STEPS, LARGE_STEP = ((LARGE_TOKENS, 64), (SMALL_STEP, 128)), 256  # of mixed steps without a graph, as above
-# With adapters a step is twice as many launches: up to this size the host would not keep up with the device.
-LORA_MIXED_GRAPHS = (*MIXED_GRAPHS, *range(576, 1025, 64), *range(1152, SMALL_STEP + 1, 128))
+MIXED_GRAPHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)  # tokens
+# Mixed steps above them. With adapters, which are twice as many launches, these are graphs too, since the host would not
+# keep up with the device; without they are not.
+MIXED_STEPS = ((LARGE_TOKENS, 64), (SMALL_STEP, 128))
+LARGE_STEP = 256  # mixed steps that are larger still are rounded up to whole ones
 WINDOWED = "windowed_"  # prefix of the second set of attention lists
 LONG_CONTEXT = 4096  # tokens; of a prefill whose attention takes larger tiles
 LAST = "last_"  # prefix of the second set of LoRA lists: over the rows that are sampled
@@ -98,10 +99,12 @@ class Shapes:
         self._last_rows = last_rows
         self._made: dict[tuple[int, int, bool, bool, bool, bool, bool], StepShape] = {}
         limit = min(machine.max_running, DECODE_TOKENS if max_graph is None else max_graph)
-        self.decode_buckets = tuple(_ladder(limit))
+        self.decode_buckets = tuple(_ladder(GRAPH_STEPS, limit))
+        self._mixed_sizes = _ladder(MIXED_STEPS, SMALL_STEP)
+        above = (size for size in self._mixed_sizes if size > MIXED_GRAPHS[-1])
         self._mixed_buckets = {
             lora: tuple(t for t in sizes if mixed_graphs and t <= machine.step_tokens)
-            for lora, sizes in ((False, MIXED_GRAPHS), (True, LORA_MIXED_GRAPHS))
+            for lora, sizes in ((False, MIXED_GRAPHS), (True, (*MIXED_GRAPHS, *above)))
         }
 
     def graphs(self, *, lora: bool) -> list[StepShape]:
@@ -138,7 +141,8 @@ class Shapes:
         at, long = bisect_left(mixed, tokens), context > LONG_CONTEXT
         if at < len(mixed) and not (long and tokens > LARGE_TOKENS):
             return self._mixed(mixed[at], lora, all_rows)
-        rows = _round(tokens, next((step for end, step in EAGER_STEPS if tokens <= end), LARGE_STEP))
+        at = bisect_left(self._mixed_sizes, tokens)
+        rows = self._mixed_sizes[at] if at < len(self._mixed_sizes) else _round(tokens, LARGE_STEP)
         return self.make(rows, power_of_two(sequences), prefill=True, lora=lora, all_rows=all_rows, long=long)
 
     def eager(self, *, lora: bool) -> list[StepShape]:
@@ -226,9 +230,9 @@ def second(fields: Mapping[str, T], prefix: str) -> dict[str, T]:
     return {name.removeprefix(prefix): field for name, field in fields.items() if name.startswith(prefix)}
 
 
-def _ladder(limit: int) -> list[int]:
+def _ladder(steps: Iterable[tuple[int, int]], limit: int) -> list[int]:
     sizes, size = list[int](), 0
-    for end, step in GRAPH_STEPS:
+    for end, step in steps:
         while size < min(end, limit):
             size = size + step if size % step == 0 else end
             sizes.append(min(size, limit))
