@@ -20,8 +20,8 @@ from kernels.step_meta import step_fields
 
 GRAPH_STEPS = ((4, 1), (8, 4), (64, 8), (128, 16), (512, 32))  # (up to this many rows, in steps of)
 MIXED_GRAPHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)  # tokens
-# Mixed steps above them. With adapters, which are twice as many launches, these are graphs too, since the host would not
-# keep up with the device; without they are not.
+# Mixed steps above them. With adapters, which are twice as many launches, these are graphs too, since the host would
+# not keep up with the device; without they are not.
 MIXED_STEPS = ((LARGE_TOKENS, 64), (SMALL_STEP, 128))
 LARGE_STEP = 256  # mixed steps that are larger still are rounded up to whole ones
 WINDOWED = "windowed_"  # prefix of the second set of attention lists
