@@ -108,7 +108,8 @@ def shrink_splits(tokens: int, group: LoraGroup) -> int:
     """
     if tokens > 128:
         return power_of_two(cdiv(group.inner, 1024))
-    return 4 if tokens > 32 and len(group.features) > 1 else 8
+    most = {3: 16, 2: 32}.get(len(group.features), 128)  # tokens of a step with 8 parts
+    return 8 if tokens <= most else 4
 
 
 def shrink_tiles(bounds: LoraBounds, group: LoraGroup, itemsize: int) -> ShrinkTiles:

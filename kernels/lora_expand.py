@@ -49,6 +49,15 @@ def _unit(
     )
 
 
+@triton.jit
+def _sum(zz, i, rows, SPLITS: tl.constexpr):
+    """One rank block of z for a unit's rows, float32: the sum of what the parts of the inner dimension gave."""
+    total = tl.zeros(zz.shape, tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(zz + split * 16, mask=(i < rows)[:, None], other=0.0)
+    return total
+
+
 @triton.jit(do_not_specialize=["first"])
 def _expand(
     y,
@@ -73,6 +82,7 @@ def _expand(
     BM: tl.constexpr,
     BN: tl.constexpr,
     SPLITS: tl.constexpr,
+    FURTHER: tl.constexpr,
     ADD: tl.constexpr,
     SIZE: tl.constexpr,
     KEEP: tl.constexpr,
@@ -108,15 +118,18 @@ def _expand(
         zz = z + (row * modules + module) * (max_rank * SPLITS)
         zz += i[:, None] * (modules * max_rank * SPLITS) + r[None, :]
         acc = tl.zeros([BN, BM], tl.float32)
+        part = _sum(zz, i, tl.where(rank > 0, rows, 0), SPLITS)
         for block in range(tl.cdiv(rank, 16)):
             width = tl.multiple_of(tl.minimum(rank - block * 16, 16), 8)
             b = arena + (offset.to(tl.int64) * UNIT + column * width) + (o[:, None] * width + r[None, :])
             bb = tl.load(b, mask=(o < size)[:, None] & (r < width)[None, :], other=0.0)
             offset = tl.load(entry + 2 + block, mask=block + 1 < blocks, other=0)
-            part = tl.zeros([BM, 16], tl.float32)
-            for split in tl.static_range(SPLITS):
-                part += tl.load(zz + (block * SPLITS + split) * 16, mask=row_mask, other=0.0)
+            following = part
+            if FURTHER:  # the next block of z is on its way while this one is multiplied
+                zz += 16 * SPLITS
+                following = _sum(zz, i, tl.where((block + 1) * 16 < rank, rows, 0), SPLITS)
             acc = tl.dot(bb, tl.trans(part.to(bb.dtype)), acc, input_precision="ieee")
+            part = following
         delta = tl.trans(acc)
         out = y + (row * y_stride + base) + (i[:, None] * y_stride + o[None, :])
         mask = row_mask & (o < size)[None, :]
@@ -180,6 +193,7 @@ def lora_expand(
         BM=meta.bounds.tile,
         BN=tiles.columns,
         SPLITS=shrink_tiles(meta.bounds, group, itemsize).splits,
+        FURTHER=meta.bounds.rank_blocks > 1,
         ADD=add,
         SIZE=itemsize,
         KEEP=kept(keep),

@@ -14,7 +14,7 @@ from kernels.lora_meta import LARGE_ROWS, LARGE_TOKENS, LoraGroup
 
 KEEP_TOKENS = 128  # of the largest step whose activations fill but a part of the second-level cache
 PDL_TOKENS = 1024  # of a step whose launches overlap: of those in graphs; larger ones are bound by products
-FIRST_TOKENS = 32
+FIRST_TOKENS = 24
 MANY_DECODES = 64  # enough for a stream of their own to pay
 O_GROUP, GATE_UP_GROUP = 1, 2  # of qkv, o, gate_up, down
 
