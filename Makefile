@@ -2,9 +2,11 @@
 #   PYTHON=python3.12        the interpreter that makes .venv (3.11 or 3.12)
 #   TORCH_INDEX=https://...  take torch from this index, such as PyTorch's own of CPU builds (see README)
 #   ARGS='--port 8123'       flags passed on to the command
+#   WORKERS=4                processes that share the tests, file by file; 0: this one runs them
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
+WORKERS ?= 2
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
@@ -14,7 +16,7 @@ serve: $(VENV)/.run-installed
 	$(VENV)/bin/loramux serve $(ARGS)
 
 test: $(VENV)/.dev-installed
-	$(VENV)/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/.dev-installed
 	$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)

@@ -48,6 +48,7 @@ TUNED_DECODES = ((1, 8192), (32, 512), (128, 1024))
 PREFILLS = (
     ("1 x 8192", [8192], [8192]),
     ("8 x 1024", [1024] * 8, [1024] * 8),
+    ("16 x 512", [512] * 16, [512] * 16),
     ("2048 after 6144", [8192], [2048]),
 )
 DECODE_TILES = ((1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (2, 7))  # warps, stages
@@ -59,7 +60,12 @@ DECODE_SPLITS = {
     (32, 512): (1, 4),
     (64, 512): (2,),
 }
-PREFILL_TILES = ((128, 32, 4, 4), (128, 64, 4, 2), (128, 64, 4, 4), (64, 64, 4, 3), (64, 128, 4, 3))
+# Keys come by ids that come themselves, so that two of five stages are theirs: of up to four, none is under way for the
+# next tile.
+PREFILL_TILES = (
+    (128, 32, 4, 4), (128, 32, 4, 5), (128, 32, 4, 7), (128, 64, 4, 2), (128, 64, 4, 5), (128, 64, 8, 5),
+    (64, 32, 4, 5), (64, 64, 4, 5),
+)  # fmt: skip
 
 
 def floors(report: Report, tune: bool) -> None:

@@ -54,7 +54,7 @@ SMALL = Online(
         "--context-length", "256", "--max-lora-rank", "8", "--max-loras-per-batch", "2", "--disable-radix-cache",
         "--device", "cpu", "--max-total-tokens", "4096", "--max-host-lora-bytes", "64M",
     ),
-    adapters=2, rank=8, prompt=8, output=6, streams=4, warm=0.3, seconds=0.7, runs=(("Poisson", 1.0),),
+    adapters=2, rank=8, prompt=8, output=24, streams=4, warm=0.3, seconds=0.7, runs=(("Poisson", 1.0),),
 )  # fmt: skip
 
 

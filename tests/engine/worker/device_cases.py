@@ -91,13 +91,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3"},
 }
 GREEDY_FEW = replace(GREEDY, max_tokens=3)
+SLOW = pytest.mark.slow
 LLAMA3_ROPE = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*(pytest.param(name, marks=SLOW) for name in ("mistral", "qwen2")), "qwen3"])
 def test_families(family: str, tmp_path: Path) -> None:
     """Mixed steps of base and adapters: chunks of prompts beside decodes, in the same tokens and log-probabilities."""
     folder = write_model(tmp_path / family, vocab=250, **FAMILIES[family])
@@ -109,7 +110,8 @@ def test_families(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(  # with biases and without; o and down ours, or the library's behind expand
-    ("family", "fill"), [("qwen2", 0.0), ("qwen3", 0.0), ("qwen3", 2.0)]
+    ("family", "fill"),
+    [pytest.param("qwen2", 0.0, marks=SLOW), ("qwen3", 0.0), pytest.param("qwen3", 2.0, marks=SLOW)],
 )
 def test_products_do_what_follows(family: str, fill: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of mostly adapters, of few, and of adapters that have none of most groups of modules."""
@@ -155,7 +157,7 @@ def test_modules_that_no_adapter_may_have(
     assert {call.args[4].index for call in launched.call_args_list} == {0 if "q_proj" in modules else 3}
 
 
-@pytest.mark.parametrize("each", [0, 2])
+@pytest.mark.parametrize("each", [pytest.param(0, marks=SLOW), 2])
 def test_decodes_beside_prompts(each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a second stream or behind; where nobody decodes nothing is launched."""
     folder = write_model(tmp_path / "llama", vocab=250, layers=1)
@@ -212,7 +214,14 @@ def watch(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, t
     return seen
 
 
-@pytest.mark.parametrize("owners", [(None,) * 5, (None, 1, 2, 3, 4)], ids=["base", "adapters"])
+@pytest.mark.parametrize(
+    "owners",
+    [
+        pytest.param((None,) * 5, marks=SLOW, id="base"),
+        pytest.param((None, 1, 1, None, None), id="one adapter"),
+        pytest.param((None, 1, 2, 3, 4), marks=SLOW, id="adapters"),
+    ],
+)
 def test_last_rows(owners: tuple[int | None, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of prompts, alone at first and then beside decodes: the logits of samples need no other row."""
     folder = write_model(tmp_path / "model", vocab=250)

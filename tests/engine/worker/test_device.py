@@ -18,7 +18,12 @@ def run(cases: str, *options: str, interpret: bool = True) -> None:
 
 
 def test_the_triton_path_agrees_with_the_torch_path() -> None:
-    run("device_cases.py")
+    run("device_cases.py", "-m", "not slow")
+
+
+@pytest.mark.slow
+def test_the_whole_triton_path_agrees_with_the_torch_path() -> None:
+    run("device_cases.py", "-m", "slow")
 
 
 def test_start_compiles_what_steps_launch() -> None:
