@@ -91,7 +91,14 @@ def test_delta(merged: str, tile: int, groups: list[tuple[int, int]], dtype: tor
 
 
 @pytest.mark.parametrize(
-    ("tile", "merged", "parts"), [(8, "qkv", 4), (16, "qkv", 4), (16, "down", 8), (64, "qkv", 1), (64, "down", 1)]
+    ("tile", "merged", "parts"),
+    [
+        (8, "qkv", 4),
+        pytest.param(16, "qkv", 4, marks=pytest.mark.slow),
+        (16, "down", 8),
+        (64, "qkv", 1),
+        (64, "down", 1),
+    ],
 )
 def test_long_inputs_in_parts(tile: int, merged: str, parts: int, dtype: torch.dtype, device: torch.device) -> None:
     """Whose length is no multiple of a tile's."""
