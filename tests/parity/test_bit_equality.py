@@ -3,8 +3,8 @@
 In the default dtype, bfloat16 where the CPU multiplies it natively, and in float32. Tokens and log-probabilities are
 compared exactly. In float32 attention's products choose their kernels by shape, so that a prompt which was cut may get
 other bits: those are counted, and few. There a sequence that gave way may get other bits from then on, since a single
-token's products are of another kernel than a prompt's: log-probabilities within TOLERANCE, and the same tokens, but for
-one draw that may fall on the other side of a token's share.
+token's products are of another kernel than a prompt's: log-probabilities within TOLERANCE, and the same tokens, but
+where draws are from the whole vocabulary: among its many small shares one may fall into the next.
 """
 
 import asyncio
@@ -202,7 +202,7 @@ async def test_preempted(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = await run(model.config(), [done.asks[i] for i in again.values()], alone=True)
     pairs = [(a, done.answers[i], done.asks[i]) for a, i in zip(alone.answers, again.values(), strict=True)]
     assert all(equal(a, b) if model.narrow else close(a, b) for a, b, _ in pairs)
-    parted = [ask.params.temperature for a, b, ask in pairs if a.tokens != b.tokens]
-    assert len(parted) <= 1
-    assert all(parted)  # the likeliest token is the same
+    parted = [ask.params for a, b, ask in pairs if a.tokens != b.tokens]
+    assert all(params == OTHER for params in parted)
+    assert len(parted) <= len(pairs) // 2
     assert len(model.differing(done, but=again)) <= model.most_cut
