@@ -4,10 +4,11 @@ In the default dtype, bfloat16 where the CPU multiplies it natively, and in floa
 compared exactly. In float32 attention's products choose their kernels by shape, so that a prompt which was cut may get
 other bits: those are counted, and few. There a sequence that gave way may get other bits from then on, since a single
 token's products are of another kernel than a prompt's: log-probabilities within TOLERANCE, and the same tokens, but
-where draws are from the whole vocabulary: among its many small shares one may fall into the next.
+where draws are from the whole vocabulary: of its many shares below TOLERANCE one may be drawn in place of another.
 """
 
 import asyncio
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +203,8 @@ async def test_preempted(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = await run(model.config(), [done.asks[i] for i in again.values()], alone=True)
     pairs = [(a, done.answers[i], done.asks[i]) for a, i in zip(alone.answers, again.values(), strict=True)]
     assert all(equal(a, b) if model.narrow else close(a, b) for a, b, _ in pairs)
-    parted = [ask.params for a, b, ask in pairs if a.tokens != b.tokens]
-    assert all(params == OTHER for params in parted)
-    assert len(parted) <= len(pairs) // 2
+    for a, b, ask in pairs:
+        if (at := same_tokens(a, b)) < len(a.tokens):
+            assert ask.params == OTHER
+            assert max(a.logprobs[at].logprob, b.logprobs[at].logprob) < math.log(TOLERANCE)
     assert len(model.differing(done, but=again)) <= model.most_cut
