@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks import device_timing as timing
 from benchmarks.kernels_lora import lora, lora_prefill
 from benchmarks.report import Report
+from engine.worker.shapes import LONG_CONTEXT
 from kernels import attention_decode, attention_meta, attention_prefill, launch, reference
 from kernels.attention_meta import AttentionBounds, decode_bounds
 from kernels.launch import AttentionTiles
@@ -49,6 +50,7 @@ PREFILLS = (
     ("1 x 8192", [8192], [8192]),
     ("8 x 1024", [1024] * 8, [1024] * 8),
     ("16 x 512", [512] * 16, [512] * 16),
+    ("4 x 2048", [2048] * 4, [2048] * 4),
     ("2048 after 6144", [8192], [2048]),
 )
 DECODE_TILES = ((1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (2, 7))  # warps, stages
@@ -60,11 +62,9 @@ DECODE_SPLITS = {
     (32, 512): (1, 4),
     (64, 512): (2,),
 }
-# Keys come by ids that come themselves, so that two of five stages are theirs: of up to four, none is under way for the
-# next tile.
 PREFILL_TILES = (
-    (128, 32, 4, 4), (128, 32, 4, 5), (128, 32, 4, 7), (128, 64, 4, 2), (128, 64, 4, 5), (128, 64, 8, 5),
-    (64, 32, 4, 5), (64, 64, 4, 5),
+    (128, 32, 4, 3), (128, 32, 8, 2, 128), (128, 32, 8, 3, 128), (128, 32, 8, 4, 128),
+    (128, 64, 8, 2, 128), (128, 64, 8, 3), (64, 32, 4, 3), (64, 64, 4, 3),
 )  # fmt: skip
 
 
@@ -110,10 +110,12 @@ def prefill(report: Report, tune: bool) -> None:
         for tiles in PREFILL_TILES if tune else ():
             with timing.replaced(timing.always(AttentionTiles(*tiles)), *places):
                 _prefill(report, f"{name} {tiles}", contexts, lengths, rate)
-        _prefill(report, name, contexts, lengths, rate)
+        _prefill(report, name, contexts, lengths, rate, max(contexts) > LONG_CONTEXT)
 
 
-def _prefill(report: Report, name: str, contexts: list[int], lengths: list[int], rate: float) -> None:
+def _prefill(
+    report: Report, name: str, contexts: list[int], lengths: list[int], rate: float, long: bool = False
+) -> None:
     torch.manual_seed(len(contexts))
     layout, tokens = KvLayout(2, KV_HEADS, 16, HEAD_DIM), sum(lengths)
     tile = launch.q_tile(HEADS, KV_HEADS, HEAD_DIM, DTYPE.itemsize)
@@ -122,7 +124,7 @@ def _prefill(report: Report, name: str, contexts: list[int], lengths: list[int],
     q, out = (torch.randn(tokens, HEADS * HEAD_DIM, device=DEVICE).to(DTYPE) for _ in range(2))
 
     def launch_one() -> None:
-        attention_prefill.prefill_attention(out, q, step.arena, layout, 1, step.meta, SCALE)
+        attention_prefill.prefill_attention(out, q, step.arena, layout, 1, step.meta, SCALE, long=long)
 
     times = timing.graph_times(launch_one, 15)
     pairs = sum(n * (c - n) + n * (n + 1) / 2 for c, n in zip(contexts, lengths, strict=True))

@@ -14,59 +14,6 @@ from kernels.lora_meta import PREFILL_ITEMS
 
 
 @triton.jit
-def _attend(
-    acc,
-    most,
-    norm,
-    query,
-    position,
-    keys,
-    values,
-    table,
-    begin,
-    end,
-    chunk_elements,
-    scale,
-    window,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    MASKED: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
-    """Take keys begin .. end into the running softmax; unmasked spans are whole tiles that every row sees."""
-    n = tl.arange(0, BN)
-    d = tl.arange(0, BD)
-    for first in range(begin, end, BN):
-        token = first + n
-        if MASKED:
-            block = tl.load(table + token // BLOCK_TOKENS, mask=token < end, other=0).to(tl.int64)
-            kv_mask = (token < end)[:, None] & (d < HEAD_DIM)[None, :]
-        else:
-            block = tl.load(table + token // BLOCK_TOKENS).to(tl.int64)
-            kv_mask = (d < HEAD_DIM)[None, :]
-        start = block * chunk_elements + (token % BLOCK_TOKENS) * HEAD_DIM
-        k = tl.load(keys + start[:, None] + d[None, :], mask=kv_mask, other=0.0)
-        score = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
-        if MASKED:
-            seen = token[None, :] <= position[:, None]
-            if WINDOW:
-                seen &= token[None, :] > position[:, None] - window
-            score = tl.where(seen, score, -1.0e30)
-        high = tl.maximum(most, tl.max(score, 1))
-        weight = tl.exp2(score - high[:, None])
-        if MASKED:
-            weight = tl.where(seen, weight, 0.0)
-        fade = tl.exp2(most - high)
-        norm = norm * fade + tl.sum(weight, 1)
-        v = tl.load(values + start[:, None] + d[None, :], mask=kv_mask, other=0.0)
-        acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-        most = high
-    return acc, most, norm
-
-
-@triton.jit
 def _prefill(
     out,
     q,
@@ -92,40 +39,63 @@ def _prefill(
     BD: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """One program: the query group of one KV head for a tile of tokens. scale includes log2(e)."""
+    """One program: the query group of one KV head for a tile of tokens. scale includes log2(e).
+
+    Block ids are carried from tile to tile: loaded where they are used they would take stages of the loop's pipeline,
+    and of two or three stages no tile of keys would be under way.
+    """
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
+    owner = tl.load(items + item * ITEM_INTS)
+    row = tl.load(items + item * ITEM_INTS + 1)
+    tokens = tl.load(items + item * ITEM_INTS + 2)
+    first_position = tl.load(items + item * ITEM_INTS + 3)
     if item < tl.load(counts + ITEMS):
-        table = tables + tl.load(items + item * ITEM_INTS).to(tl.int64) * table_stride
-        row = tl.load(items + item * ITEM_INTS + 1)
-        tokens = tl.load(items + item * ITEM_INTS + 2)
-        position = tl.load(items + item * ITEM_INTS + 3)
+        table = tables + owner.to(tl.int64) * table_stride
         i = tl.arange(0, BM)
         d = tl.arange(0, BD)
+        n = tl.arange(0, BN)
         token = i // GROUP
         real = (token < tokens)[:, None] & (d < HEAD_DIM)[None, :]
         at = ((kv_head * GROUP + i % GROUP) * HEAD_DIM)[:, None] + d[None, :]
         line = (row + token).to(tl.int64)[:, None]
+        end = first_position + tokens
+        begin = 0
+        if WINDOW:
+            begin = tl.maximum(0, first_position - window + 1) // BN * BN
+        near = table + n // BLOCK_TOKENS
+        block = tl.load(near + begin // BLOCK_TOKENS, mask=begin + n < end, other=0)
         query = tl.load(q + line * q_stride + at, mask=real, other=0.0)
+        position = first_position + token
         keys = arena + layer_start + kv_head * (BLOCK_TOKENS * HEAD_DIM)
         values = keys + KV_HEADS * BLOCK_TOKENS * HEAD_DIM
+        inside = (n % BLOCK_TOKENS * HEAD_DIM)[:, None] + d[None, :]
         acc = tl.zeros([BM, BD], tl.float32)
         most = tl.full([BM], -1.0e30, tl.float32)
         norm = tl.zeros([BM], tl.float32)
-        end = position + tokens
-        if WINDOW:
-            middle = tl.maximum(0, position - window + 1) // BN * BN
-        else:
-            middle = (position + 1) // BN * BN
-            acc, most, norm = _attend(
-                acc, most, norm, query, position + token, keys, values, table, 0, middle, chunk_elements, scale, window,
-                HEAD_DIM, BLOCK_TOKENS, BN, BD, False, False,
-            )  # fmt: skip
-        acc, most, norm = _attend(
-            acc, most, norm, query, position + token, keys, values, table, middle, end, chunk_elements, scale, window,
-            HEAD_DIM, BLOCK_TOKENS, BN, BD, True, WINDOW,
-        )  # fmt: skip
-        acc = acc / tl.where(norm > 0, norm, 1.0)[:, None]  # rows beyond the tile's tokens may see no key
+        for first in range(begin, end, BN):
+            start = block.to(tl.int64)[:, None] * chunk_elements + inside
+            if BLOCK_TOKENS > BN:
+                start += first % BLOCK_TOKENS * HEAD_DIM
+            there = (first + n < end)[:, None] & (d < HEAD_DIM)[None, :]
+            k = tl.load(keys + start, mask=there, other=0.0)
+            score = tl.dot(query, tl.trans(k), input_precision="ieee")
+            if WINDOW:
+                seen = (first + n)[None, :] <= position[:, None]
+                seen &= (first + n)[None, :] > position[:, None] - window
+                score = tl.where(seen, score, float("-inf"))
+            else:
+                if first + BN > first_position + 1:  # else every row sees the tile
+                    score = tl.where((first + n)[None, :] <= position[:, None], score, float("-inf"))
+            high = tl.maximum(most, tl.max(score, 1))
+            weight = tl.exp2(score * scale - (high * scale)[:, None])
+            fade = tl.exp2((most - high) * scale)
+            norm = norm * fade + tl.sum(weight, 1)
+            v = tl.load(values + start, mask=there, other=0.0)
+            acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+            most = high
+            block = tl.load(near + (first + BN) // BLOCK_TOKENS, mask=first + BN + n < end, other=0)
+        acc *= (1.0 / tl.where(norm > 0, norm, 1.0))[:, None]  # rows beyond the tile's tokens may see no key
         tl.store(out + line * out_stride + at, acc.to(out.dtype.element_ty), mask=real)
 
 
@@ -182,6 +152,7 @@ def prefill_attention(
         BN=tiles.keys,
         BD=power_of_two(layout.head_dim),
         WINDOW=window > 0,
+        maxnreg=tiles.registers,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )

@@ -222,12 +222,16 @@ def large_fill(tokens: int, features: int, itemsize: int, multiprocessors: int) 
 
 @dataclass(frozen=True, slots=True)
 class AttentionTiles:
-    """rows: query rows (tokens times heads of one KV head) of a program; keys: keys read at a time."""
+    """rows: query rows (tokens times heads of one KV head) of a program; keys: keys read at a time.
+
+    registers: at most, of a thread, so that another program has its own.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def prefill_tiles(head_dim: int, itemsize: int, long: bool) -> AttentionTiles:
@@ -238,7 +242,7 @@ def prefill_tiles(head_dim: int, itemsize: int, long: bool) -> AttentionTiles:
     if itemsize == 4:
         return AttentionTiles(32, 32 if head_dim <= 128 else 16, 8, 1)
     if head_dim <= 128:
-        return AttentionTiles(128, 64, 4, 3) if long else AttentionTiles(128, 32, 4, 2)
+        return AttentionTiles(128, 64, 8, 2, 128) if long else AttentionTiles(128, 32, 8, 3, 128)
     return AttentionTiles(64, 64, 8, 2)
 
 
