@@ -237,7 +237,8 @@ class AttentionTiles:
 def prefill_tiles(head_dim: int, itemsize: int, long: bool) -> AttentionTiles:
     """Query and key tiles that fit the shared memory of one multiprocessor; the rows are the same for both `long`.
 
-    Small key tiles waste less at the diagonal and leave room for another program; large ones are for long contexts.
+    Up to heads of 128 two programs share one, which compute and wait in turns. Small key tiles waste less at the
+    diagonal and have another under way, large ones take fewer turns: they are for long contexts.
     """
     if itemsize == 4:
         return AttentionTiles(32, 32 if head_dim <= 128 else 16, 8, 1)

@@ -93,7 +93,7 @@ def test_delta(merged: str, tile: int, groups: list[tuple[int, int]], dtype: tor
 @pytest.mark.parametrize(
     ("tile", "merged", "parts"),
     [
-        (8, "qkv", 4),
+        pytest.param(8, "qkv", 4, marks=pytest.mark.slow),
         pytest.param(16, "qkv", 4, marks=pytest.mark.slow),
         (16, "down", 8),
         (64, "qkv", 1),

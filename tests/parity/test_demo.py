@@ -45,7 +45,7 @@ def asks(folder: Path, count: int, tokens: int) -> list[Ask]:
 
 
 async def test_short(reference: Reference) -> None:
-    done = await run(config(), shuffled(asks(demo_folder(), 2, 12)))
+    done = await run(config(), shuffled(asks(demo_folder(), 1, 12)))
     done.judged(reference).verdict()
     assert done["mixed_adapter_steps"] > 5
 
