@@ -110,18 +110,17 @@ def prefill(report: Report, tune: bool) -> None:
         for tiles in PREFILL_TILES if tune else ():
             with timing.replaced(timing.always(AttentionTiles(*tiles)), *places):
                 _prefill(report, f"{name} {tiles}", contexts, lengths, rate)
-        _prefill(report, name, contexts, lengths, rate, max(contexts) > LONG_CONTEXT)
+        _prefill(report, name, contexts, lengths, rate)
 
 
-def _prefill(
-    report: Report, name: str, contexts: list[int], lengths: list[int], rate: float, long: bool = False
-) -> None:
+def _prefill(report: Report, name: str, contexts: list[int], lengths: list[int], rate: float) -> None:
     torch.manual_seed(len(contexts))
     layout, tokens = KvLayout(2, KV_HEADS, 16, HEAD_DIM), sum(lengths)
     tile = launch.q_tile(HEADS, KV_HEADS, HEAD_DIM, DTYPE.itemsize)
     bounds = AttentionBounds(tokens, len(lengths), tile, 1, max(contexts))
     step = make_kv_step(layout, contexts, lengths, bounds, HEADS, DTYPE, DEVICE, fill=False)
     q, out = (torch.randn(tokens, HEADS * HEAD_DIM, device=DEVICE).to(DTYPE) for _ in range(2))
+    long = max(contexts) > LONG_CONTEXT
 
     def launch_one() -> None:
         attention_prefill.prefill_attention(out, q, step.arena, layout, 1, step.meta, SCALE, long=long)

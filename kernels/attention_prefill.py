@@ -77,16 +77,15 @@ def _prefill(
             start = block.to(tl.int64)[:, None] * chunk_elements + inside
             if BLOCK_TOKENS > BN:
                 start += first % BLOCK_TOKENS * HEAD_DIM
-            there = (first + n < end)[:, None] & (d < HEAD_DIM)[None, :]
+            key = first + n
+            there = (key < end)[:, None] & (d < HEAD_DIM)[None, :]
             k = tl.load(keys + start, mask=there, other=0.0)
             score = tl.dot(query, tl.trans(k), input_precision="ieee")
             if WINDOW:
-                seen = (first + n)[None, :] <= position[:, None]
-                seen &= (first + n)[None, :] > position[:, None] - window
+                seen = (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - window)
                 score = tl.where(seen, score, float("-inf"))
-            else:
-                if first + BN > first_position + 1:  # else every row sees the tile
-                    score = tl.where((first + n)[None, :] <= position[:, None], score, float("-inf"))
+            elif first + BN > first_position + 1:  # else every row sees the tile
+                score = tl.where(key[None, :] <= position[:, None], score, float("-inf"))
             high = tl.maximum(most, tl.max(score, 1))
             weight = tl.exp2(score * scale - (high * scale)[:, None])
             fade = tl.exp2((most - high) * scale)
@@ -94,7 +93,7 @@ def _prefill(
             v = tl.load(values + start, mask=there, other=0.0)
             acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
             most = high
-            block = tl.load(near + (first + BN) // BLOCK_TOKENS, mask=first + BN + n < end, other=0)
+            block = tl.load(near + (first + BN) // BLOCK_TOKENS, mask=key + BN < end, other=0)
         acc *= (1.0 / tl.where(norm > 0, norm, 1.0))[:, None]  # rows beyond the tile's tokens may see no key
         tl.store(out + line * out_stride + at, acc.to(out.dtype.element_ty), mask=real)
 

@@ -137,7 +137,7 @@ def test_own_products(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "qwen2", vocab=250, **FAMILIES["qwen2"])
     triton, torch_ = drivers(folder)
     cast("Any", triton.worker._runner)._decoder.overlap(dataclasses.replace(OFF, products=8, widest=4))
-    for owners in ((1, 1, None), (3, 4)):
+    for owners in ((1, 1, None), (None, 2), (3, 4)):
         ours, theirs = (driver.run(requests(owners)) for driver in (triton, torch_))
         assert_same(ours, theirs)
 
