@@ -2,11 +2,12 @@
 #   PYTHON=python3.12        the interpreter that makes .venv (3.11 or 3.12)
 #   TORCH_INDEX=https://...  take torch from this index, such as PyTorch's own of CPU builds (see README)
 #   ARGS='--port 8123'       flags passed on to the command
-#   WORKERS=0                processes that share the tests, file by file: 2, where not given; 0: in make's own
+#   WORKERS=2                processes that share the tests, file by file; on two cores half as long, but answers may
+#                            end before the browser has been as quick as its tests want
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
-WORKERS ?= 2
+WORKERS ?= 0
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 

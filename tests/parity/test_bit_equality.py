@@ -137,7 +137,7 @@ def _params(index: int, tokens: int) -> SamplingParams:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("cut")
     model = cut_demo(folder / "model", 2)
-    return make_model(model, random_adapters(folder, model), 20, 6)
+    return make_model(model, random_adapters(folder, model), 32, 6)
 
 
 @pytest.fixture(scope="module")
