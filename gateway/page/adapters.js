@@ -1,6 +1,6 @@
 // The table of adapters: a row each, kept and changed in place; filtered, sorted and cut so that hundreds stay quick.
 
-import { find, make, setAttribute, setText } from "./dom.js";
+import { find, make, setAttribute, setHidden, setText } from "./dom.js";
 import { ago, bytes, count, rate } from "./format.js";
 
 const PAGE = 100; // rows shown before "Show all"
@@ -115,7 +115,7 @@ export class Table {
     row.card = card;
     for (const column of VALUES) setText(row.texts[column.id], column.text(card));
     setText(row.why, card.error ?? "");
-    row.why.hidden = !card.error;
+    setHidden(row.why, !card.error);
     setAttribute(row.node, "data-state", card.state);
     setAttribute(row.node, "data-pinned", `${card.pinned}`);
     setAttribute(row.node, "data-busy", `${card.requests_running + card.requests_waiting > 0}`);

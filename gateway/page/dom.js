@@ -18,6 +18,10 @@ export function setAttribute(node, name, value) {
   if (node.getAttribute(name) !== value) node.setAttribute(name, value);
 }
 
+export function setHidden(node, hidden) {
+  if (node.hidden !== hidden) node.hidden = hidden;
+}
+
 /** A line that is there only while it says something. `kind`: "error" or "". */
 export function say(node, text, kind = "") {
   setText(node, text);
