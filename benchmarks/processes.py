@@ -25,13 +25,13 @@ class Server:
 @contextlib.asynccontextmanager
 async def loramux(*flags: str, threads: int) -> AsyncIterator[Server]:
     """A server as a user starts it, ready for requests. Its log goes to `server_log()`."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "gateway.cli", "serve", "--port", str(port), "--threads", str(threads), *flags]
     start = time.perf_counter()
     process = _spawn(command)
     try:
         url = f"http://127.0.0.1:{port}"
-        await _healthy(url, process)
+        await healthy(url, process)
         yield Server(url, time.perf_counter() - start)
     finally:
         process.send_signal(signal.SIGINT)
@@ -84,13 +84,13 @@ def _spawn(command: list[str]) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, stdout=log, stderr=log)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-async def _healthy(url: str, process: "subprocess.Popen[bytes]") -> None:
+async def healthy(url: str, process: "subprocess.Popen[bytes]") -> None:
     async with httpx.AsyncClient() as client:
         while process.poll() is None:
             with contextlib.suppress(httpx.TransportError):

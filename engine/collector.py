@@ -1,7 +1,7 @@
-"""When Python's collector looks through all that lives: while nothing runs, for it holds every thread up.
+"""What Python's collector looks through, and when: it holds every thread up.
 
-That takes tens of milliseconds with a hundred adapters loaded, and loads bring it about. Young objects, among which
-nearly all garbage is, are looked through as always.
+All that lives takes it tens of milliseconds with a hundred adapters loaded, and loads bring it about. Young objects,
+among which nearly all garbage is, are looked through as always.
 """
 
 import gc
@@ -9,8 +9,14 @@ import gc
 USUAL, RARE = 10, 1000  # collections of the middle generation before one of all: by default, and while something runs
 
 
+def freeze_started() -> None:
+    """What a process has made until it is ready stays: it is not looked through again."""
+    gc.collect()
+    gc.freeze()
+
+
 def collect_rarely() -> None:
-    """From now on; `collect_if_due` makes up for it."""
+    """All that lives, from now on; `collect_if_due` makes up for it."""
     gc.set_threshold(*gc.get_threshold()[:2], RARE)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import uvicorn
 import uvloop
 
+from engine.collector import freeze_started
 from gateway.app import create_app
 from gateway.banner import summary
 from gateway.engine_process import COMMAND
@@ -26,6 +28,7 @@ from gateway.settings import Settings, SettingsError
 from gateway.supervisor import Supervisor
 
 BACKLOG = 2048
+YOUNG = 5000  # objects between two collections: hundreds of streams make 700, the default, with every step
 KEEP_ALIVE_SECONDS = 65  # longer than clients keep idle connections, so that none is closed under a request
 T = TypeVar("T")
 
@@ -122,6 +125,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        freeze_started()
+        gc.set_threshold(YOUNG)
         self._on_listening()
 
     @contextlib.contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import floors, gpu, host_steps, online
+from benchmarks import floors, gateway, gpu, host_steps, online
 from benchmarks.whole import SMALL
 
 Rows = dict[str, float]
@@ -54,6 +54,14 @@ def test_steps_of_the_host(tmp_path: Path) -> None:
     found = rows(tmp_path, "host-steps")
     parts = [f"{part} a step, {count} adapters" for count in (2, 5) for part in ("planning", "packing", "committing")]
     assert all(found[part] > 0 for part in parts)
+
+
+def test_gateway_alone(tmp_path: Path) -> None:
+    assert gateway.main(["--tiny", "--commit", "abc", "--folder", str(tmp_path)]) == 0
+    found = rows(tmp_path, "gateway")
+    assert found["2 streams: answers"] > 0
+    assert 0 < found["2 streams: of a core"] < 2
+    assert found["2 streams: gap, largest"] >= found["2 streams: gap, median"] > 0
 
 
 def test_step_against_step(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from tests.support.models import read_dims
 
 GREEDY = SamplingParams(max_tokens=8, seed=1, temperature=0.0, ignore_eos=True, logprobs=2)
 SEEDED = msgspec.structs.replace(GREEDY, temperature=0.9, top_p=0.95, top_k=200)
-OTHER = msgspec.structs.replace(GREEDY, max_tokens=100, temperature=1.3, presence_penalty=0.5)
+OTHER = msgspec.structs.replace(GREEDY, temperature=1.3, presence_penalty=0.5)
 
 
 def equal(a: Answer, b: Answer) -> bool:
@@ -113,18 +113,21 @@ def config(folder: Path, adapters: dict[str, Path], **settings: Any) -> EngineCo
     return EngineConfig(**(defaults | settings))
 
 
-def make_model(folder: Path, adapters: dict[str, Path], count: int, tokens: int, dtype: str = "auto") -> Model:
+def make_model(
+    folder: Path, adapters: dict[str, Path], count: int, tokens: int, others: int, dtype: str = "auto"
+) -> Model:
+    """count, tokens: requests that are compared, and of their answers; others: tokens of half as many beside them."""
     owners = [None, *adapters]
     asks = tuple(
         Ask(prompt, owners[i % len(owners)], _params(i, tokens))
         for i, prompt in enumerate(text_prompts(folder, count, 1, 90))
     )
-    others = tuple(
-        Ask(prompt, owners[i % len(owners)], OTHER)
+    beside = tuple(
+        Ask(prompt, owners[i % len(owners)], msgspec.structs.replace(OTHER, max_tokens=others))
         for i, prompt in enumerate(text_prompts(folder, count // 2, 20, 150, seed=1))
     )
     alone = asyncio.run(run(config(folder, adapters, dtype=dtype), asks, alone=True))
-    return Model(folder, adapters, asks, others, alone, dtype)
+    return Model(folder, adapters, asks, beside, alone, dtype)
 
 
 def _params(index: int, tokens: int) -> SamplingParams:
@@ -137,17 +140,17 @@ def _params(index: int, tokens: int) -> SamplingParams:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("cut")
     model = cut_demo(folder / "model", 2)
-    return make_model(model, random_adapters(folder, model), 32, 6)
+    return make_model(model, random_adapters(folder, model), 32, 6, 50)
 
 
 @pytest.fixture(scope="module")
 def small_float32(small: Model) -> Model:
-    return make_model(small.folder, small.adapters, 32, 6, "float32")
+    return make_model(small.folder, small.adapters, 32, 6, 50, "float32")
 
 
 @pytest.fixture(scope="module")
 def whole() -> Model:
-    return make_model(demo_folder(), demo_adapters(), 64, 32)
+    return make_model(demo_folder(), demo_adapters(), 64, 32, 100)
 
 
 pytestmark = pytest.mark.demo
@@ -205,6 +208,6 @@ async def test_preempted(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(equal(a, b) if model.narrow else close(a, b) for a, b, _ in pairs)
     for a, b, ask in pairs:
         if (at := same_tokens(a, b)) < len(a.tokens):
-            assert ask.params == OTHER
+            assert ask in model.others
             assert max(a.logprobs[at].logprob, b.logprobs[at].logprob) < math.log(TOLERANCE)
     assert len(model.differing(done, but=again)) <= model.most_cut

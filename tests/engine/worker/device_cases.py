@@ -101,7 +101,7 @@ LLAMA3_ROPE = {
 @pytest.mark.parametrize("family", [pytest.param(name, marks=() if name == "qwen3" else SLOW) for name in FAMILIES])
 def test_families(family: str, tmp_path: Path) -> None:
     """Mixed steps of base and adapters: chunks of prompts beside decodes, in the same tokens and log-probabilities."""
-    folder = write_model(tmp_path / family, vocab=250, **FAMILIES[family])
+    folder = write_model(tmp_path / family, vocab=250, layers=1 if family == "qwen3" else 2, **FAMILIES[family])
     triton, torch_ = drivers(folder)
     ours, theirs = (d.run(requests((None, 2, 3), logprobs=2, prompt_logprobs=1), (5, 5)) for d in (triton, torch_))
     assert_same(ours, theirs)
@@ -115,7 +115,7 @@ def test_families(family: str, tmp_path: Path) -> None:
 )
 def test_products_do_what_follows(family: str, fill: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of mostly adapters, of few, and of adapters that have none of most groups of modules."""
-    folder = write_model(tmp_path / family, vocab=250, **FAMILIES[family])
+    folder = write_model(tmp_path / family, vocab=250, layers=1, **FAMILIES[family])
     monkeypatch.setattr(lora_meta, "LARGE_TOKENS", 8)
     triton, torch_ = drivers(folder)
     cast("Any", triton.worker._runner)._decoder.overlap(dataclasses.replace(OFF, large=8, widest=4, fill=fill))
@@ -134,7 +134,7 @@ def test_products_do_what_follows(family: str, fill: float, tmp_path: Path, monk
 @pytest.mark.filterwarnings("error:An output with one or more elements was resized")
 def test_own_products(tmp_path: Path) -> None:
     """Of steps whose adapters have some groups of modules and not others."""
-    folder = write_model(tmp_path / "qwen2", vocab=250, **FAMILIES["qwen2"])
+    folder = write_model(tmp_path / "qwen2", vocab=250, layers=1, **FAMILIES["qwen2"])
     triton, torch_ = drivers(folder)
     cast("Any", triton.worker._runner)._decoder.overlap(dataclasses.replace(OFF, products=8, widest=4))
     for owners in ((1, 1, None), (None, 2), (3, 4)):
@@ -215,16 +215,18 @@ def watch(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, t
 
 
 @pytest.mark.parametrize(
-    "owners",
+    ("layers", "owners"),
     [
-        pytest.param((None,) * 5, marks=SLOW, id="base"),
-        pytest.param((None, 1, 1, None, None), id="one adapter"),
-        pytest.param((None, 1, 2, 3, 4), marks=SLOW, id="adapters"),
+        pytest.param(2, (None,) * 5, marks=SLOW, id="base"),
+        pytest.param(1, (None, 1, 1, None, None), id="one adapter"),
+        pytest.param(2, (None, 1, 2, 3, 4), marks=SLOW, id="adapters"),
     ],
 )
-def test_last_rows(owners: tuple[int | None, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_rows(
+    layers: int, owners: tuple[int | None, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pieces of prompts, alone at first and then beside decodes: the logits of samples need no other row."""
-    folder = write_model(tmp_path / "model", vocab=250)
+    folder = write_model(tmp_path / "model", vocab=250, layers=layers)
     draw = random.Random(3)
     prompts = [[draw.randrange(3, 200) for _ in range(length)] for length in (9, 5, 13, 6, 10)]
     answers, steps = [], []
