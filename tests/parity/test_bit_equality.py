@@ -140,12 +140,12 @@ def _params(index: int, tokens: int) -> SamplingParams:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("cut")
     model = cut_demo(folder / "model", 2)
-    return make_model(model, random_adapters(folder, model), 32, 6, 50)
+    return make_model(model, random_adapters(folder, model), 32, 6, 75)
 
 
 @pytest.fixture(scope="module")
 def small_float32(small: Model) -> Model:
-    return make_model(small.folder, small.adapters, 32, 6, 50, "float32")
+    return make_model(small.folder, small.adapters, 32, 6, 75, "float32")
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,7 @@ def test_families(family: str, tmp_path: Path) -> None:
 )
 def test_products_do_what_follows(family: str, fill: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of mostly adapters, of few, and of adapters that have none of most groups of modules."""
-    folder = write_model(tmp_path / family, vocab=250, layers=1, **FAMILIES[family])
+    folder = write_model(tmp_path / family, vocab=250, **FAMILIES[family])
     monkeypatch.setattr(lora_meta, "LARGE_TOKENS", 8)
     triton, torch_ = drivers(folder)
     cast("Any", triton.worker._runner)._decoder.overlap(dataclasses.replace(OFF, large=8, widest=4, fill=fill))
