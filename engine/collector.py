@@ -1,23 +1,29 @@
-"""What Python's collector looks through, and when: it holds every thread up.
+"""What Python's collector looks through, and when, while a process serves: it holds every thread up.
 
 All that lives takes it tens of milliseconds with a hundred adapters loaded, and loads bring it about. Young objects,
-among which nearly all garbage is, are looked through as always.
+among which nearly all garbage is, are looked through all the time.
 """
 
+import contextlib
 import gc
+from collections.abc import Iterator
 
-USUAL, RARE = 10, 1000  # collections of the middle generation before one of all: by default, and while something runs
+YOUNG, USUAL = 700, 10  # Python's defaults: new objects before a look through them, looks before one through more
+RARE = 1000  # looks through the middle generation before one through all, where `collect_if_due` makes up for it
 
 
-def freeze_started() -> None:
-    """What a process has made until it is ready stays: it is not looked through again."""
+@contextlib.contextmanager
+def collecting(*, young: int = YOUNG, whole: int = USUAL) -> Iterator[None]:
+    """With these thresholds; what a process has made until now, all that it imported, is not looked through at all."""
+    before = gc.get_threshold()
     gc.collect()
     gc.freeze()
-
-
-def collect_rarely() -> None:
-    """All that lives, from now on; `collect_if_due` makes up for it."""
-    gc.set_threshold(*gc.get_threshold()[:2], RARE)
+    gc.set_threshold(young, USUAL, whole)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 def collect_if_due() -> None:

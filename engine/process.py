@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import uvloop
 
-from engine.collector import collect_rarely, freeze_started
+from engine.collector import RARE, collecting
 from engine.config import EngineConfig
 from engine.link import EngineLink, engine_end
 from engine.messages import StartFailed
@@ -75,10 +75,9 @@ async def _serve_gateway(config: EngineConfig, link: EngineLink) -> int:
         await link.flush()
         await link.close()
         return 2
-    freeze_started()  # looking through it again would hold a step up for 0.2 s
-    collect_rarely()
     try:
-        await engine.run()
+        with collecting(whole=RARE):  # a look through all that has come so far would hold a step up for 0.2 s
+            await engine.run()
     except Exception:
         log.exception("the engine failed and exits")
         return 1

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import logging
 import signal
 import socket
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 import uvicorn
 import uvloop
 
-from engine.collector import freeze_started
+from engine.collector import collecting
 from gateway.app import create_app
 from gateway.banner import summary
 from gateway.engine_process import COMMAND
@@ -78,7 +77,8 @@ async def serve(settings: Settings, listener: socket.socket, command: Sequence[s
             watch = supervisor.watch(lambda new: setattr(app.state, "gateway", new))
             watch.add_done_callback(server.give_up)
             stopper = asyncio.create_task(_stop(signals, server, supervisor, settings.shutdown_timeout))
-            await server.serve(sockets=[listener])
+            with collecting(young=YOUNG):
+                await server.serve(sockets=[listener])
             stopper.cancel()
             await asyncio.gather(stopper, return_exceptions=True)
             return server.exit_code
@@ -125,8 +125,6 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        freeze_started()
-        gc.set_threshold(YOUNG)
         self._on_listening()
 
     @contextlib.contextmanager

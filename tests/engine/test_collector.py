@@ -1,32 +1,24 @@
-"""Collections of everything wait until nothing runs."""
+"""Collections of everything wait until nothing runs; what was there before is left out."""
 
 import gc
-from collections.abc import Iterator
 
 import pytest
 
-from engine.collector import RARE, USUAL, collect_if_due, collect_rarely
-
-
-@pytest.fixture(autouse=True)
-def thresholds() -> Iterator[None]:
-    before = gc.get_threshold()
-    yield
-    gc.set_threshold(*before)
+from engine.collector import RARE, USUAL, YOUNG, collect_if_due, collecting
 
 
 def test_all_is_collected_when_it_is_due_and_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    collect_rarely()
-    assert gc.get_threshold()[2] == RARE
-    gc.collect()
-    collected = list[int]()
-    monkeypatch.setattr(gc, "collect", lambda: collected.append(1))
-    collect_if_due()
-    assert not collected
-    for _ in range(USUAL + 1):
-        gc_middle()
-    collect_if_due()
-    assert collected
+    with collecting(whole=RARE):
+        assert gc.get_threshold() == (YOUNG, USUAL, RARE)
+        collected = list[int]()
+        with monkeypatch.context() as patch:
+            patch.setattr(gc, "collect", lambda: collected.append(1))
+            collect_if_due()
+            assert not collected
+            for _ in range(USUAL + 1):
+                gc_middle()
+            collect_if_due()
+            assert collected
 
 
 def gc_middle() -> None:
@@ -34,3 +26,16 @@ def gc_middle() -> None:
     while gc.get_count()[2] == real:
         kept = [[] for _ in range(1000)]  # type: ignore[var-annotated]
         del kept
+
+
+def test_what_is_there_already_is_left_out_until_the_end() -> None:
+    before = gc.get_threshold()
+    early: list[object] = []
+    with collecting(young=5000):
+        late: list[object] = []
+        assert gc.get_threshold()[0] == 5000
+        looked = {id(found) for found in gc.get_objects()}
+        assert id(late) in looked
+        assert id(early) not in looked
+    assert gc.get_threshold() == before
+    assert gc.get_freeze_count() == 0
