@@ -2,12 +2,11 @@
 #   PYTHON=python3.12        the interpreter that makes .venv (3.11 or 3.12)
 #   TORCH_INDEX=https://...  take torch from this index, such as PyTorch's own of CPU builds (see README)
 #   ARGS='--port 8123'       flags passed on to the command
-#   WORKERS=2                processes that share the tests, file by file; on two cores half as long, but answers may
-#                            end before the browser has been as quick as its tests want
+#   WORKERS=0                tests in one process; otherwise so many share them, file by file
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
-WORKERS ?= 0
+WORKERS ?= 2
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
