@@ -1,24 +1,23 @@
-"""What Python's collector looks through, and when, while a process serves: it holds every thread up.
+"""What Python's collector looks through, and when, while the engine runs: it holds every thread up.
 
 All that lives takes it tens of milliseconds with a hundred adapters loaded, and loads bring it about. Young objects,
-among which nearly all garbage is, are looked through all the time.
+among which nearly all garbage is, are looked through as always.
 """
 
 import contextlib
 import gc
 from collections.abc import Iterator
 
-YOUNG, USUAL = 700, 10  # Python's defaults: new objects before a look through them, looks before one through more
-RARE = 1000  # looks through the middle generation before one through all, where `collect_if_due` makes up for it
+USUAL, RARE = 10, 1000  # collections of the middle generation before one of all: by default, and while something runs
 
 
 @contextlib.contextmanager
-def collecting(*, young: int = YOUNG, whole: int = USUAL) -> Iterator[None]:
-    """With these thresholds; what a process has made until now, all that it imported, is not looked through at all."""
+def collecting_rarely() -> Iterator[None]:
+    """`collect_if_due` makes up for it. What has come so far is left out: to look through it takes 0.2 s."""
     before = gc.get_threshold()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(young, USUAL, whole)
+    gc.set_threshold(*before[:2], RARE)
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import uvloop
 
-from engine.collector import RARE, collecting
+from engine.collector import collecting_rarely
 from engine.config import EngineConfig
 from engine.link import EngineLink, engine_end
 from engine.messages import StartFailed
@@ -76,7 +76,7 @@ async def _serve_gateway(config: EngineConfig, link: EngineLink) -> int:
         await link.close()
         return 2
     try:
-        with collecting(whole=RARE):  # a look through all that has come so far would hold a step up for 0.2 s
+        with collecting_rarely():
             await engine.run()
     except Exception:
         log.exception("the engine failed and exits")

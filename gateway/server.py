@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import uvicorn
 import uvloop
 
-from engine.collector import collecting
 from gateway.app import create_app
 from gateway.banner import summary
+from gateway.collector import collecting_less
 from gateway.engine_process import COMMAND
 from gateway.keeper import Keeper
 from gateway.lazy import Lazy
@@ -27,7 +27,6 @@ from gateway.settings import Settings, SettingsError
 from gateway.supervisor import Supervisor
 
 BACKLOG = 2048
-YOUNG = 5000  # objects between two collections: hundreds of streams make 700, the default, with every step
 KEEP_ALIVE_SECONDS = 65  # longer than clients keep idle connections, so that none is closed under a request
 T = TypeVar("T")
 
@@ -77,7 +76,7 @@ async def serve(settings: Settings, listener: socket.socket, command: Sequence[s
             watch = supervisor.watch(lambda new: setattr(app.state, "gateway", new))
             watch.add_done_callback(server.give_up)
             stopper = asyncio.create_task(_stop(signals, server, supervisor, settings.shutdown_timeout))
-            with collecting(young=YOUNG):
+            with collecting_less():
                 await server.serve(sockets=[listener])
             stopper.cancel()
             await asyncio.gather(stopper, return_exceptions=True)

@@ -4,12 +4,12 @@ import gc
 
 import pytest
 
-from engine.collector import RARE, USUAL, YOUNG, collect_if_due, collecting
+from engine.collector import RARE, USUAL, collect_if_due, collecting_rarely
 
 
 def test_all_is_collected_when_it_is_due_and_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    with collecting(whole=RARE):
-        assert gc.get_threshold() == (YOUNG, USUAL, RARE)
+    with collecting_rarely():
+        assert gc.get_threshold()[2] == RARE
         collected = list[int]()
         with monkeypatch.context() as patch:
             patch.setattr(gc, "collect", lambda: collected.append(1))
@@ -31,9 +31,8 @@ def gc_middle() -> None:
 def test_what_is_there_already_is_left_out_until_the_end() -> None:
     before = gc.get_threshold()
     early: list[object] = []
-    with collecting(young=5000):
+    with collecting_rarely():
         late: list[object] = []
-        assert gc.get_threshold()[0] == 5000
         looked = {id(found) for found in gc.get_objects()}
         assert id(late) in looked
         assert id(early) not in looked
