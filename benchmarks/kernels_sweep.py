@@ -76,7 +76,7 @@ FULL = Axes(
     (8, 16, 32, 64), Case(32, 16, 8, "uniform", 64), 15,
 )  # fmt: skip
 SMALL = Axes(
-    ModelDims(1, 16, 16, 1, 1, 16, 64), torch.float32, TINY, (1, 2), (8,), (1, 2), (2,),
+    ModelDims(1, 16, 16, 1, 1, 16, 64), torch.float32, TINY, (2,), (8,), (1, 2), (2,),
     Case(2, 8, 2, "uniform", 2), 1,
 )  # fmt: skip
 

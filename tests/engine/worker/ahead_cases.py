@@ -60,9 +60,9 @@ def step(worker: Worker, number: int, spans: Sequence[tuple[int, int]]) -> None:
     worker.sample(plan).result()
 
 
-def steps() -> Iterator[list[tuple[int, int]]]:
-    """Prompts and decodes of nobody's adapter, of some and of all; slot 0 has q and v, 1 down, 2 all, 3 o, gate, up."""
-    for slots in ((-1,), (0,), (1, -1), (2, 3), (0, 1, 2, 3, -1)):
+def steps(owners: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, int]]]:
+    """Prompts and decodes; owners: slots that take turns in a step."""
+    for slots in owners:
         for decodes in (1, 5, 33, 64, 65, 128, 129, 200, 256):
             yield [(slots[i % len(slots)], 1) for i in range(decodes)]
         for tokens in (20, 100, 200, 300, 600, 1000, 1100, 1500, 2048, 2304, 2816, 4096, 4352, 8192):
@@ -74,7 +74,18 @@ def steps() -> Iterator[list[tuple[int, int]]]:
                     yield [(slots[i % len(slots)], length) for i, length in enumerate(lengths)]
 
 
-def test_no_step_waits_for_a_kernel(tmp_path: Path, launches: set[Launch], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "owners",
+    [
+        ((-1,), (0, 1, 2, 3, -1)),
+        pytest.param(((0,), (1, -1), (2, 3)), marks=pytest.mark.slow),
+    ],
+    ids=["nobody's and all", "some"],
+)
+def test_no_step_waits_for_a_kernel(
+    owners: Sequence[tuple[int, ...]], tmp_path: Path, launches: set[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slot 0 has q and v, 1 down, 2 all, 3 o, gate and up."""
     folder = write_model(tmp_path / "llama", vocab=250, layers=2)
     worker = start_interpreted(
         folder, context_length=2048, max_total_tokens=9000, chunked_prefill_size=8192, max_running_requests=256
@@ -88,7 +99,7 @@ def test_no_step_waits_for_a_kernel(tmp_path: Path, launches: set[Launch], monke
         runner.compile(1, lora=True, progress=lambda *_: None)
         ahead = set(launches)
         launches.clear()
-        for number, spans in enumerate(steps(), 1):
+        for number, spans in enumerate(steps(owners), 1):
             step(worker, number, spans)
     assert len(launches) > 50
     assert not launches - ahead

@@ -27,7 +27,12 @@ def test_the_whole_triton_path_agrees_with_the_torch_path() -> None:
 
 
 def test_start_compiles_what_steps_launch() -> None:
-    run("ahead_cases.py")
+    run("ahead_cases.py", "-m", "not slow")
+
+
+@pytest.mark.slow
+def test_start_compiles_what_other_steps_launch() -> None:
+    run("ahead_cases.py", "-m", "slow")
 
 
 def test_each_kernel_compiles_for_a_card() -> None:
