@@ -1,11 +1,13 @@
 """The event stream on bare ASGI: what is sent when, and that it always closes what it reads from."""
 
 import asyncio
+import inspect
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
 import pytest
+from sse_starlette import EventSourceResponse
 from starlette.types import Message
 
 from engine.types import EngineError, ErrorCode
@@ -140,3 +142,9 @@ async def test_an_answer_that_is_cancelled_closes_the_source() -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert source.closed
+
+
+def test_events_are_sent_without_a_cancel_scope() -> None:
+    """The library sends each by what the stream overrides."""
+    assert "_send_with_timeout" in vars(EventSourceResponse)
+    assert "self._send_with_timeout(" in inspect.getsource(EventSourceResponse._stream_response)
