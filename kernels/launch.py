@@ -91,13 +91,14 @@ def narrow_items(rows: Collection[int]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ShrinkTiles:
-    """merged: one program computes all modules of its rows, so that x is read once."""
+    """merged: one program computes all modules of its rows, so that x is read once. blocks: their rank blocks, too."""
 
     inner: int
     splits: int
     merged: bool
     warps: int
     stages: int
+    blocks: int = 1
 
 
 def shrink_splits(tokens: int, group: LoraGroup) -> int:
@@ -121,7 +122,9 @@ def shrink_tiles(bounds: LoraBounds, group: LoraGroup, itemsize: int) -> ShrinkT
         inner, stages = (128, 4) if small else (256, 3)
         splits = min(split_bound(bounds), shrink_splits(bounds.tokens, group), cdiv(group.inner, 256))
         return ShrinkTiles(inner // narrow, splits, False, 2 if bounds.tokens > 128 else 4, stages)
-    return ShrinkTiles(64 // narrow, 1, len(group.features) > 1, 4, 4)
+    modules = len(group.features)
+    blocks = min(power_of_two(bounds.rank_blocks), 8 // narrow // power_of_two(modules))  # sums: 128 ranks at most
+    return ShrinkTiles(64 // narrow, 1, modules > 1, 4, 4, blocks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,17 +22,35 @@ def _unit(
     desc,
     first,
     desc_stride,
+    count,
     modules: tl.constexpr,
     WORK_INTS: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """What a unit's program needs: its modules (by column), their pieces and ranks, first row, rows, rank block."""
+    """What a unit's program needs: its modules (by column), their pieces and ranks, first row, rows, rank block.
+
+    BLOCKS: that many rank blocks of an item are one program's, that of the first of them; the others' have no ranks.
+    Units are taken BLOCKS apart, so that programs with work follow each other. count: units there are.
+    """
     unit = index // (GROUPS * SPLITS)
-    module = (index // SPLITS) % GROUPS * WIDTH + tl.arange(0, 16 * WIDTH) // 16
-    entry = desc + tl.cast(unit, tl.int64) * desc_stride + (first + module) * 2
+    column = tl.arange(0, 16 * WIDTH * BLOCKS) // 16
+    module = (index // SPLITS) % GROUPS * WIDTH + column % WIDTH
     real = module < tl.where(mask, modules, 0)
+    own = unit + column * 0
+    if BLOCKS > 1:
+        lines, further = tl.maximum(tl.cdiv(count, BLOCKS), 1), column // WIDTH
+        unit = unit % lines * BLOCKS + unit // lines
+        own = unit + further
+        listed = tl.where(mask, count, 0)
+        mask = unit < listed
+        begin = tl.load(work + unit * WORK_INTS + 3, mask=mask, other=1)
+        block = tl.load(work + own * WORK_INTS + 3, mask=own < listed, other=-1)
+        wanted = tl.where(begin % BLOCKS == 0, begin + further, -2)  # another item's blocks have lower numbers
+        real = real & (block == wanted)
+    entry = desc + own.to(tl.int64) * desc_stride + (first + module) * 2
     head = work + unit * WORK_INTS
     return (
         module,
@@ -71,6 +89,7 @@ def _shrink(
     WORK_INTS: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -79,25 +98,28 @@ def _shrink(
     KEEP: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One unit: BM rows of one item, one rank block of WIDTH modules, one part of the inner dimension.
+    """One unit: BM rows of one item, BLOCKS rank blocks of WIDTH modules, one part of the inner dimension.
 
     A comes first in the product: its ranks fill the 16 rows that the matrix units take at least, an item's need not.
-    A unit is read before the list's length is known (the list is never shorter than the grid), and before x is there.
+    A unit is read before x is there and, of one rank block, before the list's length is known (the list is never
+    shorter than the grid).
     """
     i = tl.arange(0, BM)
-    r = tl.arange(0, 16 * WIDTH) % 16
+    r = tl.arange(0, 16 * WIDTH * BLOCKS) % 16
     k = tl.arange(0, BK)
     start = tl.program_id(0)
+    count = tl.load(counts + WORK)
     module, offset, ranks, row, rows, block = _unit(
-        start, start >= 0, work, desc, first, desc_stride, modules, WORK_INTS, GROUPS, WIDTH, SPLITS
-    )
-    total = tl.where(tl.load(rows_of) > 0, tl.load(counts + WORK) * (GROUPS * SPLITS), 0)
+        start, start >= 0, work, desc, first, desc_stride, count,
+        modules, WORK_INTS, GROUPS, WIDTH, BLOCKS, SPLITS,
+    )  # fmt: skip
+    total = tl.where(tl.load(rows_of) > 0, tl.cdiv(count, BLOCKS) * (BLOCKS * GROUPS * SPLITS), 0)
     if PDL:  # A is on its way while what makes x ends
         if inner % (16 // SIZE) == 0:
             begin, end = _part(start % SPLITS, inner, BK, SPLITS)
             piece = (arena + (offset * UNIT + r * inner + begin)).to(tl.int64, bitcast=True)
             real = r < tl.where(start < total, ranks, 0)
-            fetch_at(piece, tl.where(real, (end - begin) * SIZE, 0), 16 * WIDTH)
+            fetch_at(piece, tl.where(real, (end - begin) * SIZE, 0), 16 * WIDTH * BLOCKS)
         if (start < total) | (start == 0):  # the others leave their place at once; one makes the launch wait
             tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()  # not sooner: expand would take the place of the product beside
@@ -108,20 +130,22 @@ def _shrink(
             a_rows = arena + (offset * UNIT + r * inner)[:, None]
             row_mask = (i < rows)[:, None]
             rank_mask = (r < ranks)[:, None]
-            acc = tl.zeros([16 * WIDTH, BM], tl.float32)
+            acc = tl.zeros([16 * WIDTH * BLOCKS, BM], tl.float32)
             begin, end = _part(split, inner, BK, SPLITS)
             for at in range(begin, end, BK):
                 column = (at + k)[None, :]
                 xx = load_columns(x_rows, column, row_mask, inner, EVEN)
                 aa = load_columns(a_rows, column, rank_mask, inner, EVEN)
                 acc = tl.dot(aa, tl.trans(xx), acc, input_precision="ieee")
+            of_block = tl.arange(0, 16 * WIDTH * BLOCKS) // (16 * WIDTH) * (16 * SPLITS)
             out = z + (row * modules * max_rank + block * 16) * SPLITS + split * 16
-            out += i[:, None] * (modules * max_rank * SPLITS) + (module * max_rank * SPLITS + r)[None, :]
+            out += i[:, None] * (modules * max_rank * SPLITS) + (module * max_rank * SPLITS + of_block + r)[None, :]
             tl.store(out, tl.trans(acc), mask=row_mask & (ranks > 0)[None, :], eviction_policy=KEEP)
         after = index + tl.num_programs(0)
         module, offset, ranks, row, rows, block = _unit(
-            after, after < total, work, desc, first, desc_stride, modules, WORK_INTS, GROUPS, WIDTH, SPLITS
-        )
+            after, after < total, work, desc, first, desc_stride, count,
+            modules, WORK_INTS, GROUPS, WIDTH, BLOCKS, SPLITS,
+        )  # fmt: skip
 
 
 def lora_shrink(
@@ -164,6 +188,7 @@ def lora_shrink(
         WORK_INTS=WORK_INTS,
         GROUPS=groups,
         WIDTH=width,
+        BLOCKS=tiles.blocks,
         BM=meta.bounds.tile,
         BK=tiles.inner,
         SPLITS=tiles.splits,

@@ -71,7 +71,7 @@ BATCHES = ([(3, 5), (0, 1), (4, 18), (1, 2), (2, 3)], [(2, 1)], [(4, 40)])
     ("merged", "tile", "groups"),
     [(merged, 16, batch) for merged in GROUPS for batch in BATCHES[:2]]
     + [("qkv", 8, BATCHES[0]), ("gate_up", 8, BATCHES[1]), ("o", 8, BATCHES[2]), ("o", 16, BATCHES[2])]
-    + [("qkv", 64, BATCHES[0]), ("gate_up", 128, BATCHES[2]), ("down", 128, BATCHES[0])],
+    + [("qkv", 64, BATCHES[0]), ("gate_up", 64, BATCHES[2]), ("down", 64, BATCHES[0])],
     ids=str,
 )
 def test_delta(merged: str, tile: int, groups: list[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> None:
