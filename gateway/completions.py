@@ -29,9 +29,11 @@ async def completion_call(gateway: Gateway, request: CompletionRequest) -> Call:
     """
     request.check()
     model = await gateway.registry.resolve(request.model)
-    prompts = [await _prompt(gateway, given) for given in _bounded(request)]
-    stops = StopStrings(given) if (given := request.stops()) else None
-    jobs = [_job(gateway, request, model, prompt, stops) for prompt in prompts]
+    stops = StopStrings(texts) if (texts := request.stops()) else None
+    prompts, jobs = [], []
+    for given in _bounded(request):  # one that does not fit is refused before the next is encoded
+        prompts.append(await _prompt(gateway, given))
+        jobs.append(_job(gateway, request, model, prompts[-1], stops))
     shape = CompletionShape(
         new_head("cmpl", model),
         gateway.prompts.tokenizer,

@@ -1,14 +1,15 @@
 """SGLang's /generate: from a validated request to a call, and its answers, which always hold the whole text so far."""
 
+import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from engine.types import FinishReason, SamplingParams, TokenLogprob
 from gateway.call import Pending
@@ -31,6 +32,7 @@ from gateway.protocol.native import (
 from gateway.sampling import draw_seed, fit_max_tokens, logit_bias
 from gateway.state import Gateway
 from gateway.stream import event
+from gateway.tokenizer import Tokenizer
 
 DEFAULT_TOKENS = 128
 SHAPE = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -66,36 +68,43 @@ class NativeCall:
 
     async def answer(self) -> Generated | list[Generated]:
         """An object for one prompt, a list for a list; with `n` above 1 always a list."""
-        start = time.perf_counter()
-        merged = [Piece(i) for i in range(len(self.ids))]
+        start, told = time.perf_counter(), self._told()
         async with contextlib.aclosing(run(self.gateway, self.jobs)) as steps:
             async for pieces in steps:
                 for piece in pieces:
-                    merged[piece.choice].add(piece)
-        answers = [self._generated(merged, choice, start) for choice in range(len(merged))]
+                    told[piece.choice].add(piece)
+        answers = [self._generated(each, start) for each in told]
         return answers[0] if self._is_single else answers
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The stream's events, encoded."""
-        start = time.perf_counter()
-        merged = [Piece(i) for i in range(len(self.ids))]
+        """The stream's events, encoded. Each tells of all so far, so what came together is one event a choice."""
+        start, told = time.perf_counter(), self._told()
         pending = Pending(self.gateway.settings.stream_interval)
         async with contextlib.aclosing(run(self.gateway, self.jobs)) as steps:
             async for pieces in steps:
                 ready = list(pending.push(pieces))
                 for piece in ready:
-                    merged[piece.choice].add(piece)
-                if ready:
-                    yield b"".join(
-                        event(self._generated(merged, piece.choice, start, streamed=True)) for piece in ready
-                    )
+                    told[piece.choice].add(piece)
+                for choice in dict.fromkeys(piece.choice for piece in ready):
+                    yield event(self._generated(told[choice], start, streamed=True))
+                    await asyncio.sleep(0)  # an event may be large: others' come between
 
     @property
     def _is_single(self) -> bool:
         return self.request.is_single and len(self.ids) == 1
 
-    def _generated(self, merged: list[Piece], choice: int, start: float, *, streamed: bool = False) -> Generated:
-        piece = merged[choice]
+    def _told(self) -> list["Told"]:
+        """One for each choice."""
+        tokenizer = self.gateway.prompts.tokenizer if self.request.return_text_in_logprobs else None
+        top, first = bool(self.request.top_logprobs_num), max(self.request.logprob_start_len or 0, 0)
+        prompts = [Shown(tokenizer, top, job.prompt[first:]) for job in self.jobs]
+        return [
+            Told(Piece(choice), Shown(tokenizer, top), prompts[choice // self.jobs[0].n], first)
+            for choice in range(len(self.ids))
+        ]
+
+    def _generated(self, told: "Told", start: float, *, streamed: bool = False) -> Generated:
+        piece, choice = told.piece, told.piece.choice
         meta = MetaInfo(
             id=self.ids[choice],
             finish_reason=_finish(piece),
@@ -107,41 +116,60 @@ class NativeCall:
         return Generated(
             text=piece.text,
             output_ids=piece.tokens,
-            meta_info=self._with_logprobs(meta, merged, choice) if self.request.return_logprob else meta,
+            meta_info=told.with_logprobs(meta) if self.request.return_logprob else meta,
             index=choice if streamed and not self._is_single else UNSET,
         )
 
     def _job(self, choice: int) -> Job:
         return self.jobs[choice // self.jobs[0].n]
 
-    def _with_logprobs(self, meta: MetaInfo, merged: list[Piece], choice: int) -> MetaInfo:
-        piece, job = merged[choice], self._job(choice)
-        asked = job.params.prompt_logprobs is not None
-        first = max(self.request.logprob_start_len or 0, 0)
-        leader = merged[choice - choice % job.n]  # the prompt's come with its first choice
-        before = leader.prompt_logprobs[first:] if asked else []
-        prompt = [self._entry(entry, token) for entry, token in zip(before, job.prompt[first:], strict=False)]
-        output = [self._entry(entry, entry.token) for entry in piece.logprobs]
-        if not self.request.top_logprobs_num:
-            return msgspec.structs.replace(meta, input_token_logprobs=prompt, output_token_logprobs=output)
+
+class Shown:
+    """Log-probabilities as they are told, which grow: what has been made of one is not made again."""
+
+    def __init__(self, tokenizer: Tokenizer | None, top: bool, tokens: Sequence[int] = ()) -> None:
+        """tokenizer: where texts are wanted; top: whether the likeliest are; tokens: a prompt's."""
+        self.entries: list[LogprobEntry] = []
+        self.tops: list[list[LogprobEntry] | None] | UnsetType = [] if top else UNSET
+        self._tokenizer = tokenizer
+        self._tokens = tokens
+
+    def add(self, logprobs: Iterable[TokenLogprob | None]) -> None:
+        """None: a prompt's first."""
+        for entry in logprobs:
+            token = entry.token if entry is not None else self._tokens[len(self.entries)]
+            self.entries.append(self._entry(token, None if entry is None else entry.logprob))
+            if self.tops is not UNSET:
+                self.tops.append(None if entry is None else [self._entry(*top) for top in entry.top])
+
+    def _entry(self, token: int, logprob: float | None) -> LogprobEntry:
+        text = None if self._tokenizer is None else token_text(self._tokenizer.token_bytes(token))
+        return None if logprob is None else max(logprob, LOWEST), token, text
+
+
+@dataclass(slots=True)
+class Told:
+    """One choice so far."""
+
+    piece: Piece
+    output: Shown
+    prompt: Shown  # shared by the prompt's choices, the first of which brings it
+    skipped: int  # tokens of the prompt before those that are told of
+
+    def add(self, later: Piece) -> None:
+        self.piece.add(later)
+        self.output.add(later.logprobs)
+        new, self.skipped = later.prompt_logprobs[self.skipped :], max(0, self.skipped - len(later.prompt_logprobs))
+        self.prompt.add(new)
+
+    def with_logprobs(self, meta: MetaInfo) -> MetaInfo:
         return msgspec.structs.replace(
             meta,
-            input_token_logprobs=prompt,
-            output_token_logprobs=output,
-            input_top_logprobs=[self._top(entry) for entry in before],
-            output_top_logprobs=[self._top(entry) for entry in piece.logprobs],
+            input_token_logprobs=self.prompt.entries,
+            output_token_logprobs=self.output.entries,
+            input_top_logprobs=self.prompt.tops,
+            output_top_logprobs=self.output.tops,
         )
-
-    def _entry(self, entry: TokenLogprob | None, token: int) -> LogprobEntry:
-        return self._shown(token, None if entry is None else entry.logprob)
-
-    def _top(self, entry: TokenLogprob | None) -> list[LogprobEntry] | None:
-        return None if entry is None else [self._shown(token, logprob) for token, logprob in entry.top]
-
-    def _shown(self, token: int, logprob: float | None) -> LogprobEntry:
-        wanted = self.request.return_text_in_logprobs
-        text = token_text(self.gateway.prompts.tokenizer.token_bytes(token)) if wanted else None
-        return None if logprob is None else max(logprob, LOWEST), token, text
 
 
 def _finish(piece: Piece) -> NativeFinish | None:
@@ -232,7 +260,7 @@ def _params(gateway: Gateway, request: GenerateRequest, sampling: NativeSampling
     if min_tokens > max_tokens:
         reason = f"'min_new_tokens': {min_tokens} is more than the {max_tokens} tokens that may be generated."
         raise bad_request(reason, param="sampling_params.min_new_tokens")
-    stop_token_ids = tuple(sampling.stop_token_ids or ())
+    stop_token_ids = tuple(dict.fromkeys(sampling.stop_token_ids or ()))
     gateway.prompts.require_known(stop_token_ids, "sampling_params.stop_token_ids")
     shape = {name: value for name in SHAPE if (value := getattr(sampling, name)) is not None}
     return SamplingParams(

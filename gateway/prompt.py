@@ -1,6 +1,7 @@
 """From what a client sends to token ids: texts, ids, and conversations through the chat template.
 
-Long texts are encoded in a thread, so that one client's prompt does not stop the others' streams.
+Long ones are worked on in a thread, and the loop goes on between short ones, so that one client's prompts do not stop
+the others' streams.
 """
 
 import asyncio
@@ -8,14 +9,17 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from gateway.chat_template import ChatTemplate, find_source
 from gateway.detokenize import Detokenizer
 from gateway.errors import bad_request
 from gateway.tokenizer import Tokenizer
 
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 THREAD_CHARACTERS = 4_000  # about two milliseconds of encoding
+THREAD_IDS, THREAD_MESSAGES = 2_000, 100  # about as long to decode, and to render
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ class PromptEncoder:
             ApiError: 400 where it comes to no token at all, or to one that only the tokenizer knows, not the model.
         """
         encode = functools.partial(self.tokenizer.encode, add_special_tokens=add_special_tokens)
-        ids = await _apart_if_long(encode, text)
+        ids = await _apart_if(len(text) >= THREAD_CHARACTERS, encode, text)
         if not ids:
             raise bad_request(f"{param!r}: must not be empty.", param=param)
         self.require_known(ids, param)
@@ -84,13 +88,19 @@ class PromptEncoder:
     async def echo(self, prompt: Prompt, *, skip_special_tokens: bool) -> Echo:
         """What `prompt`, a completion's, reads: a text as it was sent, ids decoded."""
         if prompt.text is not None:
-            return Echo(prompt.ids, prompt.text, await _apart_if_long(self.tokenizer.offsets, prompt.text))
-        detokenizer = Detokenizer(self.tokenizer, skip_special_tokens=skip_special_tokens)
+            is_long = len(prompt.text) >= THREAD_CHARACTERS
+            return Echo(prompt.ids, prompt.text, await _apart_if(is_long, self.tokenizer.offsets, prompt.text))
+        return await _apart_if(
+            len(prompt.ids) >= THREAD_IDS, functools.partial(self._decoded, skip=skip_special_tokens), prompt.ids
+        )
+
+    def _decoded(self, ids: list[int], *, skip: bool) -> Echo:
+        detokenizer = Detokenizer(self.tokenizer, skip_special_tokens=skip)
         offsets, pieces = [], []
-        for token in prompt.ids:
+        for token in ids:
             offsets.append(detokenizer.length)
             pieces.append(detokenizer.push(token))
-        return Echo(prompt.ids, "".join(pieces) + detokenizer.flush(), offsets)
+        return Echo(ids, "".join(pieces) + detokenizer.flush(), offsets)
 
     def require_known(self, ids: Sequence[int], param: str) -> None:
         """Raises ApiError (400) where an id is outside the model's vocabulary."""
@@ -114,15 +124,20 @@ class PromptEncoder:
         """
         if self._template is None:
             raise bad_request("This model has no chat template; the server's --chat-template sets one.")
-        text = self._template.render(
-            messages,
+        render = functools.partial(
+            self._template.render,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             extra=extra,
         )
+        text = await _apart_if(len(messages) >= THREAD_MESSAGES, render, messages)
         return await self.text(text, param="messages", add_special_tokens=False)
 
 
-async def _apart_if_long(work: Callable[[str], list[int]], text: str) -> list[int]:
-    """`work` on `text`, in a thread where it would hold up the loop."""
-    return work(text) if len(text) < THREAD_CHARACTERS else await asyncio.to_thread(work, text)
+async def _apart_if(is_long: bool, work: Callable[[Given], Made], given: Given) -> Made:
+    """`work` on what is given, in a thread where it would hold up the loop; the loop goes on before more is done."""
+    if is_long:
+        return await asyncio.to_thread(work, given)
+    made = work(given)
+    await asyncio.sleep(0)
+    return made

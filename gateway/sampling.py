@@ -30,7 +30,7 @@ def sampling_params(
     if min_tokens > max_tokens:
         reason = f"'min_tokens': {min_tokens} is more than the {max_tokens} tokens that may be generated."
         raise bad_request(reason, param="min_tokens")
-    stop_token_ids = tuple(request.stop_token_ids or ())
+    stop_token_ids = tuple(dict.fromkeys(request.stop_token_ids or ()))
     gateway.prompts.require_known(stop_token_ids, "stop_token_ids")
     return SamplingParams(
         max_tokens=max_tokens,

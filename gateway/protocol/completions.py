@@ -20,14 +20,14 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
     max_tokens: Count | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None  # accepted at 1 and at n
+    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None  # accepted at n
     suffix: str | None = None  # accepted when empty
 
     def check(self) -> None:
         """What the types cannot say. Raises ApiError (400)."""
         super().check()
         require_neutral(self, NEUTRAL)
-        if self.best_of not in (None, 1, self.n or 1):
+        if self.best_of not in (None, self.n or 1):
             raise not_supported("best_of")
 
     def prompts(self) -> list[str | list[int]]:

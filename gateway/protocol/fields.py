@@ -10,12 +10,15 @@ from gateway.protocol.parse import not_supported
 
 MAX_CHOICES = 2048  # prompts times n of one call
 MAX_STOPS = 32
+MAX_STOP_IDS, MAX_BIAS = 256, 1024  # of a request's: each row's step looks at all of them
 INT64 = 2**63
 
 Count = Annotated[int, Meta(ge=0, le=INT64 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=INT64 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=INT64 - 1)]
 Stop = Annotated[str, Meta(min_length=1, max_length=512)]
+# token id as a string -> bias
+Bias = Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIAS)]
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -37,11 +40,11 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
-    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None  # token id as a string -> bias
+    logit_bias: Bias | None = None
     seed: Annotated[int, Meta(ge=-INT64, le=INT64 - 1)] | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_IDS)] | None = None
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None

@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
+from engine.types import FinishReason, TokenLogprob
+from gateway.choice import Piece
 from tests.gateway.app_harness import App, make_app
 from tests.gateway.fake_engine import FakeEngine, Script, fixed, model_info
 from tests.gateway.harness import serve
@@ -218,6 +220,25 @@ async def test_each_event_of_a_stream_holds_the_whole_text_so_far(app: App) -> N
         async with client.stream("POST", "/generate", json={"text": ["hello", "a"], "stream": True}) as response:
             several = await events(response)
         assert {event["index"] for event in several} == {0, 1}
+
+
+async def test_what_came_together_is_one_event_a_choice(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tells of all so far: those in between would be built for nobody."""
+
+    async def backlog(*_: object) -> AsyncIterator[list[Piece]]:
+        entry = TokenLogprob(5, -1.0, 1, [(5, -1.0), (6, -2.0)])
+        parts = [Piece(i % 2, [text], [5], [0], [entry]) for i, text in enumerate("abcd")]
+        yield [*parts, Piece(0, finish=FinishReason.LENGTH), Piece(1, finish=FinishReason.LENGTH)]
+
+    monkeypatch.setattr("gateway.native.run", backlog)
+    async with serve(app.asgi) as address, httpx.AsyncClient(base_url=address) as client:
+        body = {"text": ["a", "b"], "stream": True, "return_logprob": True, "top_logprobs_num": 2}
+        async with client.stream("POST", "/generate", json=body) as response:
+            told = await events(response)
+    assert [(event["index"], event["text"]) for event in told] == [(0, "ac"), (1, "bd")]
+    for event in told:
+        assert event["meta_info"]["output_token_logprobs"] == [[-1.0, 5, None]] * 2
+        assert event["meta_info"]["output_top_logprobs"] == [[[-1.0, 5, None], [-2.0, 6, None]]] * 2
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -36,11 +36,11 @@ SHARED: dict[str, list[Any]] = {
     "presence_penalty": [*NUMBER, -2.1, 2.1],
     "frequency_penalty": [*NUMBER, -2.1, 2.1],
     "repetition_penalty": [*NUMBER, 0, -1],
-    "logit_bias": [*OBJECT, {"1": "x"}, {"1": True}, {"1": 101}],
+    "logit_bias": [*OBJECT, {"1": "x"}, {"1": True}, {"1": 101}, {str(i): 1 for i in range(1025)}],
     "seed": [*INTEGER, 2**63, -(2**63) - 1, 10**30],
     "n": [*INTEGER, 0, 129],
     "stop": [True, 1, {}, "", [""], [1], ["x"] * 33, "x" * 513],
-    "stop_token_ids": [*LIST, [True], ["1"], [-1]],
+    "stop_token_ids": [*LIST, [True], ["1"], [-1], [1] * 257],
     "min_tokens": [*INTEGER, -1],
     "ignore_eos": BOOLEAN,
     "skip_special_tokens": BOOLEAN,
@@ -190,6 +190,10 @@ def test_a_body_that_is_no_json_object_is_a_400(body: bytes) -> None:
 )
 def test_values_that_change_nothing_are_accepted(kind: type[SamplingFields], fields: dict[str, Any]) -> None:
     read(kind, **fields)
+
+
+def test_fewer_of_the_best_than_answers_is_refused() -> None:
+    assert refusal(CompletionRequest, best_of=1, n=2).param == "best_of"
 
 
 @pytest.mark.parametrize(

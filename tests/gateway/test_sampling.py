@@ -55,7 +55,7 @@ def test_everything_else_is_handed_on(folder: Path) -> None:
         folder,
         seed=-1,
         logit_bias={"5": -100, "007": 1},
-        stop_token_ids=[3],
+        stop_token_ids=[3, 3],
         min_tokens=2,
         ignore_eos=True,
         presence_penalty=1,
