@@ -15,7 +15,11 @@ PROMPT_STEP = 32  # prompt tokens that a step computes at least: a quarter of --
 FOR_EVER = 160  # steps; several times the bound
 OPEN = 7  # sequences of each hot adapter
 
-CASES = [*((seed, "fcfs") for seed in range(20)), *((seed, "fair") for seed in range(4))]
+SEEDS = [seed if seed < 8 else pytest.param(seed, marks=pytest.mark.slow) for seed in range(20)]
+CASES = [
+    *(pytest.param(seed, "fcfs", marks=() if seed < 8 else pytest.mark.slow) for seed in range(20)),
+    *((seed, "fair") for seed in range(4)),
+]
 
 
 def slot_bound(before: int, prompts: int, patience: int = PATIENCE) -> int:
@@ -113,7 +117,7 @@ def test_a_cold_adapter_gets_a_slot_within_its_bound(seed: int, policy: str) -> 
     assert driver.counter("skips_slot_drains") > 0
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_prompts_under_way_are_part_of_the_bound(seed: int) -> None:
     driver, rng = saturated(seed, PATIENCE, longest_prompt=24)
     waits = wait_of(driver, rng, [driver.submit([1], "cold0", max_tokens=2)], longest_prompt=24)
@@ -121,7 +125,7 @@ def test_prompts_under_way_are_part_of_the_bound(seed: int) -> None:
     assert driver.counter("prompt_chunks") > 0
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_cold_adapters_follow_one_another(seed: int) -> None:
     driver, rng = saturated(seed, PATIENCE, colds=4)
     requests = [driver.submit([1], f"cold{index}", max_tokens=2) for index in range(4)]
@@ -176,7 +180,7 @@ def steps_until_loaded(driver: Driver, rng: random.Random, limit: int) -> int:
     return limit
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_load_gets_into_an_arena_full_of_kv_within_its_bound(seed: int) -> None:
     driver, rng = full_of_kv(seed, patience=6)
     request = driver.submit([1, 2, 3], "largest", max_tokens=2)
@@ -212,7 +216,7 @@ def test_a_load_for_what_was_accepted_before_an_unload_is_bounded_too() -> None:
     driver.run_until(lambda: driver.scheduler._roster.requests[request].started, 300)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_without_the_rule_a_load_waits_longer(seed: int) -> None:
     driver, rng = full_of_kv(seed, patience=None)
     driver.submit([1, 2, 3], "largest", max_tokens=2)
