@@ -117,6 +117,28 @@ def test_long_inputs_in_parts(tile: int, merged: str, parts: int, dtype: torch.d
     assert_close(out, wanted)
 
 
+@pytest.mark.parametrize("merged", ["gate_up", "down"])
+def test_rank_blocks_together_or_one_by_one(
+    merged: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card the same bits; the interpreter's products add up in an order of their own for each shape."""
+    torch.manual_seed(3)
+    adapters = make_adapters(mixed_ranks(), SHAPES, 7, dtype, device, 0.2)
+    step = make_lora_step(LoraBounds(43, 64, 5, 7), adapters, BATCHES[0])
+    lora_gather(step.meta, adapters.pieces, adapters.ranks)
+    x = torch.randn(43, GROUPS[merged].inner, device=device).to(dtype)
+    assert shrink_tiles(step.meta.bounds, GROUPS[merged], dtype.itemsize).blocks > 1
+    made = []
+    for tiles in (shrink_tiles, lambda *given: replace(shrink_tiles(*given), blocks=1)):
+        monkeypatch.setattr("kernels.lora_shrink.shrink_tiles", tiles)
+        step.meta.z.fill_(7.0)
+        lora_shrink(x, adapters.arena, step.meta, LAYER, GROUPS[merged])
+        made.append(step.meta.z.clone())
+    bound = 0.0 if device.type == "cuda" else 1e-5
+    torch.testing.assert_close(*made, rtol=bound, atol=bound)
+    assert (made[0] != 7.0).any()
+
+
 @pytest.mark.parametrize("merged", ["qkv", "down"])
 @pytest.mark.parametrize("exact", [False, True])
 def test_added_to_the_base_product(merged: str, exact: bool, dtype: torch.dtype, device: torch.device) -> None:
