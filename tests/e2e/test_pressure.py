@@ -31,6 +31,7 @@ CONTEXT = max(LENGTHS) + max(OUTPUTS)
 ARENA_ADAPTERS, SLOTS = 20, 8
 ADAPTER_CHUNKS = 6  # of a usual one here
 PATIENCE = 8
+RARE_SECONDS = 240  # for what happens by chance, on a busy machine
 CLIENTS = 40
 COUNTED = {
     "preemptions", "resumptions", "slot_reservations", "skips_not_resident", "skips_no_slot", "skips_slot_drains",
@@ -144,7 +145,7 @@ async def under_pressure(
 
     async def enough() -> bool:
         missing = COUNTED - seen(await local.stats(), pressure.done)
-        assert clock() < end + 30, f"never happened: {sorted(missing)}"
+        assert clock() < end + RARE_SECONDS, f"never happened: {sorted(missing)}"
         return clock() >= end and not missing
 
     try:
