@@ -5,7 +5,6 @@ A process that the gateway starts in the engine's place, by `benchmarks.gateway`
 
 import argparse
 import asyncio
-import os
 import time
 
 import msgspec
@@ -16,15 +15,14 @@ from engine.link import EngineLink, engine_end
 from engine.messages import Abort, Command, Heartbeat, Ready, SequenceOutput, Stats, StepOutputs, Submit
 from engine.types import FinishReason, ModelInfo
 
-STEP_MS = "IDLE_ENGINE_STEP_MS"  # environment: milliseconds of a step
+STEP_SECONDS = 0.013  # an H200's of 256 sequences
 TOKENS = range(68, 94)  # letters, in the tokenizer of tests.support.models
 BEAT_SECONDS = 1.0
 
 
 class IdleEngine:
-    def __init__(self, link: EngineLink, step_seconds: float) -> None:
+    def __init__(self, link: EngineLink) -> None:
         self._link = link
-        self._step_seconds = step_seconds
         self._left: dict[int, int] = {}  # by request id: tokens to come
 
     async def run(self, config: EngineConfig) -> None:
@@ -48,7 +46,7 @@ class IdleEngine:
     async def _steps(self) -> None:
         due = time.perf_counter()
         while True:
-            due = max(due + self._step_seconds, time.perf_counter())
+            due = max(due + STEP_SECONDS, time.perf_counter())
             await asyncio.sleep(due - time.perf_counter())
             if outputs := [self._output(request_id) for request_id in list(self._left)]:
                 self._link.post(StepOutputs(outputs=outputs))
@@ -77,12 +75,12 @@ def _model(config: EngineConfig) -> ModelInfo:
     )  # fmt: skip
 
 
-async def live(config: EngineConfig, path: str, step_seconds: float) -> None:
+async def live(config: EngineConfig, path: str) -> None:
     gone = asyncio.Event()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link = engine_end(reader, writer)
-        await IdleEngine(link, step_seconds).run(config)
+        await IdleEngine(link).run(config)
         await link.close()
         gone.set()
 
@@ -96,7 +94,7 @@ def main() -> None:
         parser.add_argument(name, required=True)
     args = parser.parse_args()
     config = msgspec.json.decode(args.config, type=EngineConfig)
-    uvloop.run(live(config, args.socket, float(os.environ[STEP_MS]) / 1e3))
+    uvloop.run(live(config, args.socket))
 
 
 if __name__ == "__main__":

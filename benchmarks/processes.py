@@ -20,19 +20,20 @@ import httpx
 class Server:
     base_url: str
     seconds_to_ready: float
+    pid: int
 
 
 @contextlib.asynccontextmanager
-async def loramux(*flags: str, threads: int) -> AsyncIterator[Server]:
-    """A server as a user starts it, ready for requests. Its log goes to `server_log()`."""
-    port = free_port()
-    command = [sys.executable, "-m", "gateway.cli", "serve", "--port", str(port), "--threads", str(threads), *flags]
+async def loramux(*flags: str, threads: int, module: str = "gateway.cli") -> AsyncIterator[Server]:
+    """A server as a user starts it, ready for requests. Its log goes to `server_log()`. module: run in its place."""
+    port = _free_port()
+    command = [sys.executable, "-m", module, "serve", "--port", str(port), "--threads", str(threads), *flags]
     start = time.perf_counter()
     process = _spawn(command)
     try:
         url = f"http://127.0.0.1:{port}"
-        await healthy(url, process)
-        yield Server(url, time.perf_counter() - start)
+        await _healthy(url, process)
+        yield Server(url, time.perf_counter() - start, process.pid)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=30)
@@ -84,13 +85,13 @@ def _spawn(command: list[str]) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, stdout=log, stderr=log)
 
 
-def free_port() -> int:
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-async def healthy(url: str, process: "subprocess.Popen[bytes]") -> None:
+async def _healthy(url: str, process: "subprocess.Popen[bytes]") -> None:
     async with httpx.AsyncClient() as client:
         while process.poll() is None:
             with contextlib.suppress(httpx.TransportError):

@@ -1,5 +1,7 @@
 """Answers what is no HTTP, or has no end, as every other error is answered; uvicorn itself would send plain text."""
 
+from http import HTTPStatus
+
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -7,7 +9,6 @@ from gateway.errors import ApiError, bad_request
 from gateway.middleware import REQUEST_ID, choose_id
 
 MAX_HEAD = 64 * 1024  # bytes of a request's line and headers; what was read with them comes on top
-REASONS = {400: "Bad Request", 431: "Request Header Fields Too Large"}
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -43,7 +44,7 @@ def refusal(error: ApiError) -> bytes:
     """The whole answer, head and body; the connection ends with it."""
     body = orjson.dumps(error.body())
     head = (
-        f"HTTP/1.1 {error.status} {REASONS[error.status]}",
+        f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
         "content-type: application/json",
         f"content-length: {len(body)}",
         f"{REQUEST_ID}: {choose_id(None)}",

@@ -29,7 +29,7 @@ from gateway.protocol.native import (
     NativeFinish,
     NativeSampling,
 )
-from gateway.sampling import draw_seed, fit_max_tokens, logit_bias
+from gateway.sampling import draw_seed, fit_max_tokens, logit_bias, stop_tokens
 from gateway.state import Gateway
 from gateway.stream import event
 from gateway.tokenizer import Tokenizer
@@ -52,8 +52,10 @@ async def native_call(gateway: Gateway, request: GenerateRequest) -> "NativeCall
     names = _spread(request.lora_path, len(given), request, "lora_path")
     n = _choices(samplings, len(given))
     models = [await _resolve(gateway, name) for name in names]
-    prompts = [await _prompt(gateway, prompt) for prompt in given]
-    jobs = [_job(gateway, request, *parts, n=n) for parts in zip(models, prompts, samplings, strict=True)]
+    jobs = [  # one that does not fit is refused before the next is encoded
+        _job(gateway, request, model, await _prompt(gateway, prompt), sampling, n=n)
+        for model, prompt, sampling in zip(models, given, samplings, strict=True)
+    ]
     return NativeCall(gateway, request, jobs, _ids(request.rid, len(given), n))
 
 
@@ -260,16 +262,14 @@ def _params(gateway: Gateway, request: GenerateRequest, sampling: NativeSampling
     if min_tokens > max_tokens:
         reason = f"'min_new_tokens': {min_tokens} is more than the {max_tokens} tokens that may be generated."
         raise bad_request(reason, param="sampling_params.min_new_tokens")
-    stop_token_ids = tuple(dict.fromkeys(sampling.stop_token_ids or ()))
-    gateway.prompts.require_known(stop_token_ids, "sampling_params.stop_token_ids")
     shape = {name: value for name in SHAPE if (value := getattr(sampling, name)) is not None}
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         seed=draw_seed(sampling.seed if sampling.seed is not None else sampling.sampling_seed),
         top_k=max(sampling.top_k or 0, 0),
+        stop_token_ids=stop_tokens(gateway, sampling.stop_token_ids, "sampling_params.stop_token_ids"),
         logit_bias=logit_bias(sampling.logit_bias, gateway.client.model),
-        stop_token_ids=stop_token_ids,
         ignore_eos=bool(sampling.ignore_eos),
         logprobs=(request.top_logprobs_num or 0) if request.return_logprob else None,
         prompt_logprobs=_prompt_logprobs(request, prompt_tokens),

@@ -30,14 +30,12 @@ def sampling_params(
     if min_tokens > max_tokens:
         reason = f"'min_tokens': {min_tokens} is more than the {max_tokens} tokens that may be generated."
         raise bad_request(reason, param="min_tokens")
-    stop_token_ids = tuple(dict.fromkeys(request.stop_token_ids or ()))
-    gateway.prompts.require_known(stop_token_ids, "stop_token_ids")
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         seed=draw_seed(request.seed),
+        stop_token_ids=stop_tokens(gateway, request.stop_token_ids, "stop_token_ids"),
         logit_bias=logit_bias(request.logit_bias, gateway.client.model),
-        stop_token_ids=stop_token_ids,
         ignore_eos=bool(request.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
@@ -75,6 +73,12 @@ def fit_max_tokens(model: ModelInfo, prompt_tokens: int, asked: int | None, defa
 def logit_bias(given: dict[str, float] | None, model: ModelInfo) -> dict[int, float]:
     """Token ids as numbers. Raises ApiError (400) where a key is none, or outside the vocabulary."""
     return {_bias_key(key, model.vocab_size): bias for key, bias in (given or {}).items()}
+
+
+def stop_tokens(gateway: Gateway, given: list[int] | None, param: str) -> tuple[int, ...]:
+    """Each once. Raises ApiError (400) where one is outside the vocabulary."""
+    gateway.prompts.require_known(given or (), param)
+    return tuple(dict.fromkeys(given or ()))
 
 
 def _bias_key(key: str, vocab_size: int) -> int:

@@ -33,8 +33,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-def run(settings: Settings) -> int:
-    """Serves until a signal ends it.
+def run(settings: Settings, command: Sequence[str] = COMMAND) -> int:
+    """Serves until a signal ends it, the engine started by `command`.
 
     Raises:
         SettingsError: the address cannot be had.
@@ -42,7 +42,7 @@ def run(settings: Settings) -> int:
     """
     configure_logging(settings.log_level)
     with bind(settings.host, settings.port) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(serve(settings, listener))
+        return runner.run(serve(settings, listener, command))
 
 
 def bind(host: str, port: int) -> socket.socket:

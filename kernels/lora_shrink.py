@@ -39,7 +39,7 @@ def _unit(
     column = tl.arange(0, 16 * WIDTH * BLOCKS) // 16
     module = (index // SPLITS) % GROUPS * WIDTH + column % WIDTH
     real = module < tl.where(mask, modules, 0)
-    own = unit + column * 0
+    own = unit
     if BLOCKS > 1:
         lines, further = tl.maximum(tl.cdiv(count, BLOCKS), 1), column // WIDTH
         unit = unit % lines * BLOCKS + unit // lines
@@ -50,7 +50,7 @@ def _unit(
         block = tl.load(work + own * WORK_INTS + 3, mask=own < listed, other=-1)
         wanted = tl.where(begin % BLOCKS == 0, begin + further, -2)  # another item's blocks have lower numbers
         real = real & (block == wanted)
-    entry = desc + own.to(tl.int64) * desc_stride + (first + module) * 2
+    entry = desc + tl.cast(own, tl.int64) * desc_stride + (first + module) * 2
     head = work + unit * WORK_INTS
     return (
         module,
@@ -105,7 +105,8 @@ def _shrink(
     shorter than the grid).
     """
     i = tl.arange(0, BM)
-    r = tl.arange(0, 16 * WIDTH * BLOCKS) % 16
+    RANKS: tl.constexpr = 16 * WIDTH * BLOCKS
+    r = tl.arange(0, RANKS) % 16
     k = tl.arange(0, BK)
     start = tl.program_id(0)
     count = tl.load(counts + WORK)
@@ -119,7 +120,7 @@ def _shrink(
             begin, end = _part(start % SPLITS, inner, BK, SPLITS)
             piece = (arena + (offset * UNIT + r * inner + begin)).to(tl.int64, bitcast=True)
             real = r < tl.where(start < total, ranks, 0)
-            fetch_at(piece, tl.where(real, (end - begin) * SIZE, 0), 16 * WIDTH * BLOCKS)
+            fetch_at(piece, tl.where(real, (end - begin) * SIZE, 0), RANKS)
         if (start < total) | (start == 0):  # the others leave their place at once; one makes the launch wait
             tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()  # not sooner: expand would take the place of the product beside
@@ -130,14 +131,14 @@ def _shrink(
             a_rows = arena + (offset * UNIT + r * inner)[:, None]
             row_mask = (i < rows)[:, None]
             rank_mask = (r < ranks)[:, None]
-            acc = tl.zeros([16 * WIDTH * BLOCKS, BM], tl.float32)
+            acc = tl.zeros([RANKS, BM], tl.float32)
             begin, end = _part(split, inner, BK, SPLITS)
             for at in range(begin, end, BK):
                 column = (at + k)[None, :]
                 xx = load_columns(x_rows, column, row_mask, inner, EVEN)
                 aa = load_columns(a_rows, column, rank_mask, inner, EVEN)
                 acc = tl.dot(aa, tl.trans(xx), acc, input_precision="ieee")
-            of_block = tl.arange(0, 16 * WIDTH * BLOCKS) // (16 * WIDTH) * (16 * SPLITS)
+            of_block = tl.arange(0, RANKS) // (16 * WIDTH) * (16 * SPLITS)
             out = z + (row * modules * max_rank + block * 16) * SPLITS + split * 16
             out += i[:, None] * (modules * max_rank * SPLITS) + (module * max_rank * SPLITS + of_block + r)[None, :]
             tl.store(out, tl.trans(acc), mask=row_mask & (ranks > 0)[None, :], eviction_policy=KEEP)

@@ -97,9 +97,9 @@ export class Table {
   #tell(found, shown) {
     const all = this.#cards.length;
     setText(find("shown"), found === all ? `${count(all)} loaded` : `${count(found)} of ${count(all)}`);
-    find("more").hidden = shown === found;
+    setHidden(find("more"), shown === found);
     setText(find("more"), `Show all ${count(found)}`);
-    find("none").hidden = found > 0;
+    setHidden(find("none"), found > 0);
     setText(find("none"), all ? "No adapter matches." : "No adapter is loaded.");
   }
 

@@ -1,7 +1,7 @@
 // One model's answer beside the others: a card that fills while its stream comes.
 
 import { post } from "./api.js";
-import { make, say, setText } from "./dom.js";
+import { make, say, setHidden, setText } from "./dom.js";
 import { events } from "./events.js";
 import { count, seconds } from "./format.js";
 
@@ -88,7 +88,7 @@ export class Answer {
     this.state = state;
     this.node.dataset.state = state;
     this.node.setAttribute("aria-busy", `${state === "streaming"}`);
-    this.button.hidden = state !== "queued" && state !== "streaming";
+    setHidden(this.button, state !== "queued" && state !== "streaming");
     if (facts !== undefined) setText(this.facts, facts);
   }
 }

@@ -25,7 +25,7 @@ export function setHidden(node, hidden) {
 /** A line that is there only while it says something. `kind`: "error" or "". */
 export function say(node, text, kind = "") {
   setText(node, text);
-  node.hidden = !text;
+  setHidden(node, !text);
   node.dataset.kind = kind;
 }
 

@@ -1,6 +1,6 @@
 // The arena by use, the slots and the traffic.
 
-import { find, make, setText } from "./dom.js";
+import { find, make, setHidden, setText } from "./dom.js";
 import { bytes, count, percent, rate } from "./format.js";
 
 const USES = ["kv", "prefix", "adapter", "free"];
@@ -31,7 +31,7 @@ function showArena(arena) {
   for (const use of USES) {
     const part = find("arena-bar").querySelector(`[data-use=${use}]`);
     part.style.flexGrow = arena[use];
-    part.hidden = !arena[use];
+    setHidden(part, !arena[use]);
     const text = `${percent(arena[use], whole)} · ${bytes(arena[use] * arena.chunk_bytes)}`;
     setText(find("arena-legend").querySelector(`[data-use=${use}] dd`), text);
   }

@@ -17,6 +17,7 @@ Count = Annotated[int, Meta(ge=0, le=INT64 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=INT64 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=INT64 - 1)]
 Stop = Annotated[str, Meta(min_length=1, max_length=512)]
+StopIds = Annotated[list[TokenId], Meta(max_length=MAX_STOP_IDS)]
 # token id as a string -> bias
 Bias = Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIAS)]
 
@@ -44,7 +45,7 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     seed: Annotated[int, Meta(ge=-INT64, le=INT64 - 1)] | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_IDS)] | None = None
+    stop_token_ids: StopIds | None = None
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None

@@ -6,7 +6,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from gateway.errors import bad_request
-from gateway.protocol.fields import INT64, MAX_STOP_IDS, MAX_STOPS, Bias, Count, Stop, TokenId
+from gateway.protocol.fields import INT64, MAX_STOPS, Bias, Count, Stop, StopIds, TokenId
 from gateway.protocol.parse import require_neutral
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -44,7 +44,7 @@ class NativeSampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
     logit_bias: Bias | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_IDS)] | None = None
+    stop_token_ids: StopIds | None = None
     no_stop_trim: bool | None = None  # a stop string or stop token is part of the text
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
